@@ -1,0 +1,513 @@
+//! The messages: what the meta of each kind of frame holds.
+//!
+//! A published message is frozen: postcard is positional, so a field that is added, removed or
+//! retyped makes another message, under a new protocol version. `tests/wire_pins.rs` holds the
+//! bytes of every one.
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::digest::{DIGEST_LEN, Digest, HashKind, Seed};
+use crate::frame::{Frame, FrameKind, MAX_META};
+use crate::units::BlockRun;
+
+/// A message that is the meta of one kind of frame.
+pub trait Message: Serialize + DeserializeOwned {
+    /// The kind of its frames.
+    const KIND: FrameKind;
+
+    /// The frame without payload.
+    ///
+    /// # Errors
+    /// [`MessageError::TooLong`] when it does not fit a frame: a path or a list that is too long.
+    fn frame(&self) -> Result<Frame, MessageError> {
+        let meta = postcard::to_stdvec(self).expect("plain structures in memory always serialise");
+        if meta.len() > MAX_META {
+            return Err(MessageError::TooLong { kind: Self::KIND, len: meta.len() });
+        }
+        Ok(Frame { kind: Self::KIND, meta: meta.into(), payload: Bytes::new() })
+    }
+}
+
+/// A frame that does not hold the message that its kind promises.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum MessageError {
+    /// The meta is not the message.
+    #[error("a {kind:?} frame whose meta cannot be read")]
+    Malformed {
+        /// The frame's kind.
+        kind: FrameKind,
+    },
+    /// A kind that has no business on this connection.
+    #[error("a {kind:?} frame on a connection that carries none")]
+    Misplaced {
+        /// The frame's kind.
+        kind: FrameKind,
+    },
+    /// The message does not fit a frame.
+    #[error("a {kind:?} message of {len} bytes does not fit a frame of {MAX_META}")]
+    TooLong {
+        /// The message's kind.
+        kind: FrameKind,
+        /// Its length in bytes.
+        len: usize,
+    },
+}
+
+/// Reads the meta of `frame` as `M`; bytes left over are an error too.
+fn read<M: Message>(frame: &Frame) -> Result<M, MessageError> {
+    match postcard::take_from_bytes(&frame.meta) {
+        Ok((message, [])) => Ok(message),
+        _ => Err(MessageError::Malformed { kind: frame.kind }),
+    }
+}
+
+/// Ties messages to their kinds, and gathers those of one sort of connection in an enum.
+macro_rules! messages {
+    ($(#[$doc:meta])* $family:ident { $($name:ident),* $(,)? }) => {
+        $(impl Message for $name {
+            const KIND: FrameKind = FrameKind::$name;
+        })*
+
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[expect(missing_docs, reason = "each variant is the message of the same name")]
+        pub enum $family {
+            $($name($name)),*
+        }
+
+        impl $family {
+            /// Reads the message of a frame.
+            ///
+            /// # Errors
+            /// [`MessageError`] when the frame's kind does not belong here, or its meta is not
+            /// what the kind promises.
+            pub fn read(frame: &Frame) -> Result<Self, MessageError> {
+                match frame.kind {
+                    $(FrameKind::$name => read(frame).map(Self::$name),)*
+                    kind => Err(MessageError::Misplaced { kind }),
+                }
+            }
+        }
+    };
+}
+
+messages! {
+    /// What travels on a control connection, in either direction.
+    Control {
+        Hello, Welcome, Open, Opened, Listen, Listening, Dial, Dialed, Start, Started, Progress,
+        Ended, Prepare, Prepared, Commit, Committed, Abort, Failed,
+    }
+}
+
+messages! {
+    /// What travels on a data connection, in either direction. The raw bytes of `Digests` and
+    /// `Data` stay in the frame's payload.
+    Stream { Digests, Holes, Data, Zeros, Settled, Credit, End, Agreed }
+}
+
+/// Controller to agent, first: who calls, and the version chosen from both preambles.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The controller's release, such as `0.1.0`.
+    pub release: String,
+    /// The newest version that both preambles allow.
+    pub version: u16,
+}
+
+/// Agent to controller: the answer to [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The agent's release.
+    pub release: String,
+    /// The machine as `uname -m` names it.
+    pub arch: String,
+    /// BLAKE3 of the agent's own executable: the controller compares it with what it sent.
+    pub agent_digest: [u8; 32],
+    /// `/proc/sys/kernel/random/boot_id`: two agents with the same one share a kernel.
+    pub boot_id: String,
+    /// The processor has AES instructions.
+    pub aes: bool,
+    /// Effective user.
+    pub uid: u32,
+}
+
+/// What a disk is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Access {
+    /// Read it; it must exist.
+    Source,
+    /// Make it hold what the source holds; it need not exist.
+    Destination,
+    /// Read it to compare; it must exist.
+    Compare,
+}
+
+/// Controller to agent: open a disk under a number of the controller's choice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Open {
+    /// The disk's number on this control connection.
+    pub disk: u32,
+    /// Absolute path, as bytes: it need not be UTF-8.
+    pub path: Vec<u8>,
+    /// What for.
+    pub access: Access,
+}
+
+/// What a path turned out to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskKind {
+    /// A regular file.
+    File,
+    /// A block device.
+    Device,
+    /// Nothing yet: a regular file will be made.
+    Missing,
+}
+
+/// What tells one storage from another on one kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The device of the file system, or zero for a block device.
+    pub device: u64,
+    /// The inode, or the number of the block device itself.
+    pub inode: u64,
+}
+
+/// Agent to controller: the answer to [`Open`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    /// The disk's number.
+    pub disk: u32,
+    /// File, device, or nothing yet.
+    pub kind: DiskKind,
+    /// Size in bytes; of a destination that an interrupted run began, what that run left.
+    pub size: u64,
+    /// Bytes of a source that are not holes.
+    pub data_bytes: u64,
+    /// `None` for a destination that does not exist.
+    pub identity: Option<Identity>,
+    /// An interrupted run left a part of this destination, which is taken up.
+    pub resumed: bool,
+}
+
+/// Controller to agent: expect a data connection, which `kvm-clone-agent attach` will bring.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listen {
+    /// The data connection's number on this control connection.
+    pub link: u32,
+}
+
+/// Agent to controller: the answer to [`Listen`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listening {
+    /// The data connection's number.
+    pub link: u32,
+    /// The argument of `attach`: letters and digits only.
+    pub name: String,
+    /// What `attach` must be told first on its standard input. Good for one connection.
+    pub token: Token,
+}
+
+/// Controller to agent: make a data connection by running a command whose standard input and
+/// output are the other agent's `attach`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dial {
+    /// The data connection's number on this control connection.
+    pub link: u32,
+    /// Program and arguments. `{known_hosts}` inside an argument stands for the path of a file
+    /// with the lines of `known_hosts`. Empty: `attach` runs on this very host, by this binary.
+    pub command: Vec<Vec<u8>>,
+    /// Host keys for the command, in the format of ssh's known_hosts.
+    pub known_hosts: Vec<u8>,
+    /// Goes ahead on the command's standard input.
+    pub token: Token,
+    /// The listening agent's [`Listening::name`], for a local `attach`.
+    pub name: String,
+}
+
+/// Proves to the listening agent that a data connection comes from the controller.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token(pub [u8; 16]);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// Agent to controller: the command of [`Dial`] runs and the other end has answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dialed {
+    /// The data connection's number.
+    pub link: u32,
+}
+
+/// The half of a session that an agent plays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// Reads the source.
+    Sender,
+    /// Holds the destination.
+    Receiver,
+}
+
+/// Whether blocks are compressed before they are shipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Compression {
+    /// Never.
+    Off,
+    /// Where the wire is the slower part and the data gives way, decided while the run goes.
+    Auto,
+    /// Always, at this zstd level (1 to 19).
+    Level(u8),
+}
+
+/// What a session does: the same for both ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionParams {
+    /// Size of the source in bytes: the session covers this much of the destination.
+    pub size: u64,
+    /// How blocks are digested.
+    pub hash: HashKind,
+    /// Under which seed.
+    pub seed: Seed,
+    /// The receiver digests what it has; otherwise it is known to read as zeros throughout.
+    pub compare: bool,
+    /// Differences are shipped; otherwise they are only counted.
+    pub ship: bool,
+}
+
+/// Controller to agent: play a session over a data connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// The disk's number.
+    pub disk: u32,
+    /// The data connection's number.
+    pub link: u32,
+    /// The protocol version of the data connection.
+    pub version: u16,
+    /// Which half.
+    pub role: Role,
+    /// What both ends must agree on.
+    pub params: SessionParams,
+    /// The sender's choice.
+    pub compression: Compression,
+    /// Bytes a second that the sender may write to the data connection; zero for no limit.
+    pub rate_limit: u64,
+}
+
+/// Agent to controller: the session runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Started {
+    /// The disk's number.
+    pub disk: u32,
+}
+
+/// What a session did so far, seen from one end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Bytes read from this end's disk.
+    pub bytes_read: u64,
+    /// Bytes received from and sent to the other end.
+    pub bytes_wire: u64,
+    /// Blocks that are settled: known to be equal, or shipped.
+    pub blocks_settled: u64,
+    /// Blocks whose data was shipped.
+    pub blocks_changed: u64,
+    /// Blocks that became zero at the destination.
+    pub blocks_zeroed: u64,
+    /// Bytes of the blocks that differed, the zeroed ones included.
+    pub bytes_changed: u64,
+}
+
+/// Agent to controller, a few times a second.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The disk's number.
+    pub disk: u32,
+    /// So far.
+    pub counters: Counters,
+}
+
+/// Agent to controller: the session is over, and all went well on this side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// The disk's number.
+    pub disk: u32,
+    /// In all.
+    pub counters: Counters,
+    /// First block that differed.
+    pub first_difference: Option<u64>,
+    /// The root of the source's contents, on which both ends agreed; `None` when nothing was to
+    /// be shipped.
+    pub root: Option<Digest>,
+}
+
+/// Controller to the receiver's agent: make what was applied durable, and ready for its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The disk's number.
+    pub disk: u32,
+}
+
+/// Agent to controller: the answer to [`Prepare`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepared {
+    /// The disk's number.
+    pub disk: u32,
+}
+
+/// Controller to the receiver's agent: all disks are prepared; let them take their names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The disks' numbers.
+    pub disks: Vec<u32>,
+}
+
+/// Agent to controller: the answer to [`Commit`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Committed {
+    /// The disks' numbers.
+    pub disks: Vec<u32>,
+}
+
+/// Controller to agent: stop; what can be resumed is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Abort {
+    /// For the agent's log.
+    pub reason: String,
+}
+
+/// Why something failed: who has to act. The controller's exit codes follow from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureCode {
+    /// The path does not exist.
+    NotFound,
+    /// Refused for safety; nothing was changed.
+    Refused,
+    /// Somebody else holds the disk.
+    Busy,
+    /// A disk could not be read or written.
+    Io,
+    /// No room on the destination.
+    NoSpace,
+    /// The host lacks a program or a capability.
+    MissingRequirement,
+    /// A data connection could not be made, or broke.
+    LinkLost,
+    /// The other end broke the protocol.
+    Protocol,
+    /// Source and destination differ after all.
+    Mismatch,
+    /// Stopped by the controller.
+    Cancelled,
+    /// A bug.
+    Internal,
+}
+
+/// Agent to controller: the request, or the session, failed. The agent lives on for other disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// Who has to act.
+    pub code: FailureCode,
+    /// The disk's number, where it is about one.
+    pub disk: Option<u32>,
+    /// The byte of the disk, where it is about one.
+    pub offset: Option<u64>,
+    /// For people; names the path.
+    pub message: String,
+}
+
+/// Receiver to sender: digests of consecutive blocks, 16 bytes each in the payload. All zeros
+/// stands for a block that holds only zeros.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// Index of the first block.
+    pub first: u64,
+}
+
+/// Receiver to sender: these blocks read as zeros.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holes {
+    /// Which blocks.
+    pub run: BlockRun,
+}
+
+/// How the payload of [`Data`] holds its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Encoding {
+    /// As it is.
+    Raw,
+    /// One zstd frame.
+    Zstd,
+}
+
+/// Sender to receiver: a block that differs; its bytes are the payload.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Data {
+    /// Index of the block.
+    pub index: u64,
+    /// How the payload holds it.
+    pub encoding: Encoding,
+}
+
+/// Sender to receiver: these blocks become zero.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zeros {
+    /// Which blocks.
+    pub run: BlockRun,
+}
+
+/// Sender to receiver: all blocks below `next` were equal, or have been shipped. It lets the
+/// receiver forget their digests and send more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settled {
+    /// The first block that is not settled.
+    pub next: u64,
+}
+
+/// Receiver to sender: so many bytes of `Data` payload have left the receiver's memory since the
+/// session began. A total, not a difference.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credit {
+    /// Payload bytes consumed.
+    pub consumed: u64,
+}
+
+/// Sender to receiver: everything has been sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// The root of the source's contents.
+    pub root: Digest,
+}
+
+/// Receiver to sender: everything has been applied, and gives the same root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agreed {
+    /// The root of the destination's contents.
+    pub root: Digest,
+}
+
+impl Digests {
+    /// The frame with its payload of `16 × n` bytes.
+    ///
+    /// # Errors
+    /// None in practice: the meta is a few bytes.
+    pub fn frame_with(&self, digests: Bytes) -> Result<Frame, MessageError> {
+        debug_assert!(digests.len().is_multiple_of(DIGEST_LEN));
+        Ok(Frame { payload: digests, ..self.frame()? })
+    }
+}
+
+impl Data {
+    /// The frame with the block as payload.
+    ///
+    /// # Errors
+    /// None in practice: the meta is a few bytes.
+    pub fn frame_with(&self, block: Bytes) -> Result<Frame, MessageError> {
+        Ok(Frame { payload: block, ..self.frame()? })
+    }
+}

@@ -64,7 +64,11 @@ impl Digester {
 
     /// Zero, or the digest.
     pub fn content(&self, block: &[u8]) -> Content {
-        if is_zero(block) { Content::Zero } else { Content::Digest(self.digest(block)) }
+        if is_zero(block) {
+            Content::Zero
+        } else {
+            Content::Digest(self.digest(block))
+        }
     }
 
     fn xxh3_seed(&self) -> u64 {
@@ -139,7 +143,11 @@ impl RangeState {
 impl RangeHasher {
     /// Starts at block `first`.
     pub fn new(digester: &Digester, first: u64) -> Self {
-        Self { state: RangeState::new(digester), next: first, zeros_from: first }
+        Self {
+            state: RangeState::new(digester),
+            next: first,
+            zeros_from: first,
+        }
     }
 
     /// The block that comes next.
@@ -178,7 +186,10 @@ impl RangeHasher {
     }
 
     fn flush_zeros(&mut self) {
-        let run = BlockRun { first: self.zeros_from, count: self.next - self.zeros_from };
+        let run = BlockRun {
+            first: self.zeros_from,
+            count: self.next - self.zeros_from,
+        };
         if run.count > 0 {
             let mut record = [0; 1 + 8 + 8];
             record[1..9].copy_from_slice(&run.first.to_le_bytes());
@@ -246,7 +257,10 @@ mod tests {
 
             let root = [digest];
             let [small, large] = [1, 2].map(|size| Geometry::new(size).unwrap());
-            assert_ne!(disk_root(&digester, small, &root), disk_root(&digester, large, &root));
+            assert_ne!(
+                disk_root(&digester, small, &root),
+                disk_root(&digester, large, &root)
+            );
         }
     }
 

@@ -26,7 +26,10 @@ pub const MAX_PAYLOAD: usize = 64 * 1024 + 1024;
 /// connections only; a relay drops anything else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
-#[expect(missing_docs, reason = "each kind is the message of the same name in `message`")]
+#[expect(
+    missing_docs,
+    reason = "each kind is the message of the same name in `message`"
+)]
 pub enum FrameKind {
     Hello = 0x01,
     Welcome = 0x02,
@@ -126,9 +129,17 @@ pub enum FrameError {
     #[error("a {kind:?} frame with unknown flags {flags:#04x}")]
     UnknownFlags { kind: FrameKind, flags: u8 },
     #[error("a {kind:?} frame of {len} bytes with {meta_len} bytes of meta: over the limit")]
-    TooLong { kind: FrameKind, len: usize, meta_len: usize },
+    TooLong {
+        kind: FrameKind,
+        len: usize,
+        meta_len: usize,
+    },
     #[error("a {kind:?} frame whose meta of {meta_len} bytes is longer than its {len} bytes")]
-    MetaOverrun { kind: FrameKind, len: usize, meta_len: usize },
+    MetaOverrun {
+        kind: FrameKind,
+        len: usize,
+        meta_len: usize,
+    },
     #[error("a {kind:?} frame with a payload of {len} bytes, which this kind has not")]
     UnexpectedPayload { kind: FrameKind, len: usize },
 }
@@ -178,13 +189,24 @@ pub fn decode(input: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         return Err(FrameError::UnknownFlags { kind, flags });
     }
     let Some(payload_len) = len.checked_sub(meta_len) else {
-        return Err(FrameError::MetaOverrun { kind, len, meta_len });
+        return Err(FrameError::MetaOverrun {
+            kind,
+            len,
+            meta_len,
+        });
     };
     if payload_len > MAX_PAYLOAD {
-        return Err(FrameError::TooLong { kind, len, meta_len });
+        return Err(FrameError::TooLong {
+            kind,
+            len,
+            meta_len,
+        });
     }
     if payload_len > 0 && !kind.has_payload() {
-        return Err(FrameError::UnexpectedPayload { kind, len: payload_len });
+        return Err(FrameError::UnexpectedPayload {
+            kind,
+            len: payload_len,
+        });
     }
     if input.len() < HEAD_LEN + len {
         input.reserve(HEAD_LEN + len - input.len());
@@ -193,7 +215,11 @@ pub fn decode(input: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     input.advance(HEAD_LEN);
     let meta = input.split_to(meta_len).freeze();
     let payload = input.split_to(payload_len).freeze();
-    Ok(Some(Frame { kind, meta, payload }))
+    Ok(Some(Frame {
+        kind,
+        meta,
+        payload,
+    }))
 }
 
 #[cfg(test)]
@@ -215,7 +241,10 @@ mod tests {
             assert_eq!(FrameKind::from_wire(kind as u8), Ok(kind));
             assert!(!FrameKind::ALL[..at].contains(&kind));
         }
-        assert!(FrameKind::from_wire(0).is_err(), "a zeroed buffer means nothing");
+        assert!(
+            FrameKind::from_wire(0).is_err(),
+            "a zeroed buffer means nothing"
+        );
     }
 
     #[test]

@@ -20,4 +20,5 @@ pub mod digest;
 pub mod frame;
 pub mod message;
 pub mod preamble;
+pub mod sync;
 pub mod units;

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::digest::{DIGEST_LEN, Digest, HashKind, Seed};
+use crate::digest::{Digest, HashKind, Seed};
 use crate::frame::{Frame, FrameKind, MAX_META};
 use crate::units::BlockRun;
 
@@ -25,9 +25,16 @@ pub trait Message: Serialize + DeserializeOwned {
     fn frame(&self) -> Result<Frame, MessageError> {
         let meta = postcard::to_stdvec(self).expect("plain structures in memory always serialise");
         if meta.len() > MAX_META {
-            return Err(MessageError::TooLong { kind: Self::KIND, len: meta.len() });
+            return Err(MessageError::TooLong {
+                kind: Self::KIND,
+                len: meta.len(),
+            });
         }
-        Ok(Frame { kind: Self::KIND, meta: meta.into(), payload: Bytes::new() })
+        Ok(Frame {
+            kind: Self::KIND,
+            meta: meta.into(),
+            payload: Bytes::new(),
+        })
     }
 }
 
@@ -489,25 +496,4 @@ pub struct End {
 pub struct Agreed {
     /// The root of the destination's contents.
     pub root: Digest,
-}
-
-impl Digests {
-    /// The frame with its payload of `16 × n` bytes.
-    ///
-    /// # Errors
-    /// None in practice: the meta is a few bytes.
-    pub fn frame_with(&self, digests: Bytes) -> Result<Frame, MessageError> {
-        debug_assert!(digests.len().is_multiple_of(DIGEST_LEN));
-        Ok(Frame { payload: digests, ..self.frame()? })
-    }
-}
-
-impl Data {
-    /// The frame with the block as payload.
-    ///
-    /// # Errors
-    /// None in practice: the meta is a few bytes.
-    pub fn frame_with(&self, block: Bytes) -> Result<Frame, MessageError> {
-        Ok(Frame { payload: block, ..self.frame()? })
-    }
 }

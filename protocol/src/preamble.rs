@@ -48,7 +48,10 @@ impl std::fmt::Display for Versions {
 impl Versions {
     /// Exactly one version: what data connections announce once the controller has chosen.
     pub fn only(version: u16) -> Self {
-        Self { min: version, max: version }
+        Self {
+            min: version,
+            max: version,
+        }
     }
 
     /// The newest version that both know.
@@ -131,8 +134,15 @@ impl Preamble {
 /// [`PreambleError::NotFound`] after [`MAX_NOISE`] bytes without a magic, and
 /// [`PreambleError::BadRange`] for an empty range of versions.
 pub fn find(input: &mut BytesMut) -> Result<Option<(Preamble, Bytes)>, PreambleError> {
-    let Some(at) = input.windows(MAGIC.len()).position(|window| window == MAGIC) else {
-        return if input.len() > MAX_NOISE { Err(not_found(input)) } else { Ok(None) };
+    let Some(at) = input
+        .windows(MAGIC.len())
+        .position(|window| window == MAGIC)
+    else {
+        return if input.len() > MAX_NOISE {
+            Err(not_found(input))
+        } else {
+            Ok(None)
+        };
     };
     if at > MAX_NOISE {
         return Err(not_found(input));
@@ -146,30 +156,46 @@ pub fn find(input: &mut BytesMut) -> Result<Option<(Preamble, Bytes)>, PreambleE
     if min > max {
         return Err(PreambleError::BadRange { min, max });
     }
-    Ok(Some((Preamble { versions: Versions { min, max }, build }, noise)))
+    Ok(Some((
+        Preamble {
+            versions: Versions { min, max },
+            build,
+        },
+        noise,
+    )))
 }
 
 /// The error for a connection that ended, or went on too long, without a preamble.
 pub fn not_found(input: &[u8]) -> PreambleError {
-    PreambleError::NotFound { start: Bytes::copy_from_slice(&input[..input.len().min(64)]) }
+    PreambleError::NotFound {
+        start: Bytes::copy_from_slice(&input[..input.len().min(64)]),
+    }
 }
 
 fn quote(bytes: &Bytes) -> String {
-    if bytes.is_empty() { "nothing".to_owned() } else { format!("\"{}\"", bytes.escape_ascii()) }
+    if bytes.is_empty() {
+        "nothing".to_owned()
+    } else {
+        format!("\"{}\"", bytes.escape_ascii())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SAMPLE: Preamble =
-        Preamble { versions: Versions { min: 1, max: 3 }, build: 0x0001_0203 };
+    const SAMPLE: Preamble = Preamble {
+        versions: Versions { min: 1, max: 3 },
+        build: 0x0001_0203,
+    };
 
     #[test]
     fn layout_is_pinned_for_ever() {
         assert_eq!(
             SAMPLE.encode(),
-            [0x89, b'K', b'V', b'C', 0x0d, 0x0a, 0x1a, 0x0a, 1, 0, 3, 0, 3, 2, 1, 0]
+            [
+                0x89, b'K', b'V', b'C', 0x0d, 0x0a, 0x1a, 0x0a, 1, 0, 3, 0, 3, 2, 1, 0
+            ]
         );
     }
 
@@ -184,7 +210,10 @@ mod tests {
             if n + 1 < bytes.len() {
                 assert_eq!(found, None);
             } else {
-                assert_eq!(found, Some((SAMPLE, Bytes::from_static(b"Welcome to hv1!\n"))));
+                assert_eq!(
+                    found,
+                    Some((SAMPLE, Bytes::from_static(b"Welcome to hv1!\n")))
+                );
             }
         }
     }
@@ -202,13 +231,22 @@ mod tests {
         assert_eq!(v(1, 3).negotiate(v(2, 5)), Ok(3));
         assert_eq!(v(1, 1).negotiate(v(1, 9)), Ok(1));
         let error = v(1, 2).negotiate(v(3, 4)).unwrap_err().to_string();
-        assert_eq!(error, "no common protocol version: this end speaks 1 to 2, the other 3 to 4");
+        assert_eq!(
+            error,
+            "no common protocol version: this end speaks 1 to 2, the other 3 to 4"
+        );
     }
 
     #[test]
     fn an_empty_range_is_refused() {
-        let bad = Preamble { versions: Versions { min: 4, max: 2 }, build: 0 };
+        let bad = Preamble {
+            versions: Versions { min: 4, max: 2 },
+            build: 0,
+        };
         let mut input = BytesMut::from(&bad.encode()[..]);
-        assert_eq!(find(&mut input), Err(PreambleError::BadRange { min: 4, max: 2 }));
+        assert_eq!(
+            find(&mut input),
+            Err(PreambleError::BadRange { min: 4, max: 2 })
+        );
     }
 }

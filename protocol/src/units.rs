@@ -106,9 +106,19 @@ mod tests {
     #[test]
     fn hostile_runs_do_not_overflow() {
         let disk = Geometry::new(MAX_DISK_SIZE).unwrap();
-        assert!(!disk.contains(BlockRun { first: u64::MAX, count: u64::MAX }));
+        assert!(!disk.contains(BlockRun {
+            first: u64::MAX,
+            count: u64::MAX
+        }));
         assert!(!disk.contains(BlockRun { first: 0, count: 0 }));
-        assert_eq!(disk.byte_range(BlockRun { first: u64::MAX, count: 1 }).1, 0);
+        assert_eq!(
+            disk.byte_range(BlockRun {
+                first: u64::MAX,
+                count: 1
+            })
+            .1,
+            0
+        );
         assert!(Geometry::new(MAX_DISK_SIZE + 1).is_none());
     }
 }

@@ -192,8 +192,6 @@ pub struct Opened {
     pub kind: DiskKind,
     /// Size in bytes; of a destination that an interrupted run began, what that run left.
     pub size: u64,
-    /// Bytes of a source that are not holes.
-    pub data_bytes: u64,
     /// `None` for a destination that does not exist.
     pub identity: Option<Identity>,
     /// An interrupted run left a part of this destination, which is taken up.
@@ -316,6 +314,8 @@ pub struct Started {
 /// What a session did so far, seen from one end.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
+    /// Bytes of this end's disk that are not holes, as far as it has been looked at.
+    pub bytes_data: u64,
     /// Bytes read from this end's disk.
     pub bytes_read: u64,
     /// Bytes received from and sent to the other end.

@@ -67,6 +67,31 @@ pub const DATA_AHEAD: u64 = 16 * 1024 * 1024;
 /// Runs that one [`DiskOp::Map`] returns at most.
 pub const MAP_RUNS: usize = 1024;
 
+/// Either half of a session, for a driver that does not care which.
+pub trait Machine: std::fmt::Debug + Send {
+    /// A frame came from the other end.
+    ///
+    /// # Errors
+    /// [`SyncError`]; the session is over.
+    fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError>;
+    /// An operation is done.
+    ///
+    /// # Errors
+    /// [`SyncError`]; the session is over.
+    fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) -> Result<(), SyncError>;
+    /// The next operation to start, if any.
+    fn poll_disk(&mut self) -> Option<(Ticket, DiskOp)>;
+    /// The next frame to write, if any.
+    fn poll_transmit(&mut self) -> Option<Frame>;
+    /// The end, when it has come.
+    fn outcome(&self) -> Option<Outcome>;
+    /// What has been done so far.
+    fn counters(&self) -> Counters;
+    /// Whether the wire, or the other end, is the slower part: half of the data window or more
+    /// waits for credit.
+    fn is_wire_bound(&self) -> bool;
+}
+
 /// Names an operation that a machine asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(u64);

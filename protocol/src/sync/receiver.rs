@@ -7,8 +7,8 @@ use bytes::Bytes;
 use super::peer_blocks::{PeerBlocks, Piece};
 use super::runs::{RunKind, Runs};
 use super::{
-    DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Misbehaviour, Outcome,
-    SyncError, Ticket, WINDOW, WRITE_BATCH, WriteBlock, content_at, payload_fits, small,
+    DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Machine, Misbehaviour,
+    Outcome, SyncError, Ticket, WINDOW, WRITE_BATCH, WriteBlock, content_at, payload_fits, small,
 };
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
@@ -120,27 +120,10 @@ impl Receiver {
             agreement_sent: false,
         }
     }
+}
 
-    /// What has been done so far.
-    pub fn counters(&self) -> Counters {
-        self.counters
-    }
-
-    /// The end, when it has come: all is applied (not yet durable), and the root agrees.
-    pub fn outcome(&self) -> Option<Outcome> {
-        let root = self.root.filter(|_| self.agreement_sent)?;
-        Some(Outcome {
-            counters: self.counters,
-            first_difference: None,
-            root,
-        })
-    }
-
-    /// A frame came from the sender.
-    ///
-    /// # Errors
-    /// [`SyncError`] when the sender broke a rule, or the roots differ.
-    pub fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError> {
+impl Machine for Receiver {
+    fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError> {
         self.counters.bytes_wire += frame.wire_len() as u64;
         if self.their_root.is_some() {
             return Err(Misbehaviour::AfterEnd(frame.kind).into());
@@ -167,15 +150,11 @@ impl Receiver {
         }
     }
 
-    /// An operation that [`poll_disk`](Self::poll_disk) asked for is done.
-    ///
-    /// # Errors
-    /// [`SyncError::RootMismatch`] when this was the last one, and the roots differ.
-    pub fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) -> Result<(), SyncError> {
+    fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) -> Result<(), SyncError> {
         match done {
             DiskDone::Mapped(runs) if self.mapping == Some(ticket) => {
                 self.mapping = None;
-                self.runs.extend(runs);
+                self.counters.bytes_data += self.runs.extend(&runs, self.geometry);
             }
             DiskDone::Digested(digests) => self.digested(ticket, digests),
             DiskDone::Written(contents) => self.written(ticket, contents),
@@ -185,14 +164,12 @@ impl Receiver {
         self.finish()
     }
 
-    /// The next operation to start, if any.
-    pub fn poll_disk(&mut self) -> Option<(Ticket, DiskOp)> {
+    fn poll_disk(&mut self) -> Option<(Ticket, DiskOp)> {
         // Writes first: they free memory.
         self.plan_write().or_else(|| self.plan_scan())
     }
 
-    /// The next frame to write, if any.
-    pub fn poll_transmit(&mut self) -> Option<Frame> {
+    fn poll_transmit(&mut self) -> Option<Frame> {
         let frame = self
             .credit()
             .or_else(|| self.tell())
@@ -201,6 +178,25 @@ impl Receiver {
         Some(frame)
     }
 
+    fn outcome(&self) -> Option<Outcome> {
+        let root = self.root.filter(|_| self.agreement_sent)?;
+        Some(Outcome {
+            counters: self.counters,
+            first_difference: None,
+            root,
+        })
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn is_wire_bound(&self) -> bool {
+        false
+    }
+}
+
+impl Receiver {
     fn on_data(&mut self, data: &Data, frame: &Frame) -> Result<(), SyncError> {
         let kind = frame.kind;
         let run = BlockRun {

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use super::peer_blocks::{PeerBlocks, Piece};
 use super::runs::{MapRun, RunKind, Runs};
 use super::{
-    Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Expected, MAX_READS, Misbehaviour,
-    Outcome, SyncError, Ticket, WINDOW, content_at, digest_count, small,
+    Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Expected, MAX_READS, Machine,
+    Misbehaviour, Outcome, SyncError, Ticket, WINDOW, content_at, digest_count, small,
 };
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
@@ -91,33 +91,10 @@ impl Sender {
             agreed: false,
         }
     }
+}
 
-    /// What has been done so far.
-    pub fn counters(&self) -> Counters {
-        self.counters
-    }
-
-    /// Payload that waits for credit, or is on its way: the wire, or the other end, is the
-    /// slower part when this is close to [`DATA_AHEAD`].
-    pub fn outstanding(&self) -> u64 {
-        self.sent_payload - self.consumed
-    }
-
-    /// The end, when it has come.
-    pub fn outcome(&self) -> Option<Outcome> {
-        let root = self.root.filter(|_| self.agreed)?;
-        Some(Outcome {
-            counters: self.counters,
-            first_difference: self.first_difference,
-            root,
-        })
-    }
-
-    /// A frame came from the receiver.
-    ///
-    /// # Errors
-    /// [`SyncError`] when the receiver broke a rule.
-    pub fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError> {
+impl Machine for Sender {
+    fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError> {
         self.counters.bytes_wire += frame.wire_len() as u64;
         if self.agreed {
             return Err(Misbehaviour::AfterEnd(frame.kind).into());
@@ -137,12 +114,11 @@ impl Sender {
         }
     }
 
-    /// An operation that [`poll_disk`](Self::poll_disk) asked for is done.
-    pub fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) {
+    fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) -> Result<(), SyncError> {
         match done {
             DiskDone::Mapped(runs) if self.mapping == Some(ticket) => {
                 self.mapping = None;
-                self.runs.extend(runs);
+                self.counters.bytes_data += self.runs.extend(&runs, self.geometry);
             }
             DiskDone::Compared(blocks) => {
                 let step = self
@@ -161,10 +137,10 @@ impl Sender {
             }
             done => debug_assert!(false, "{done:?} answers nothing that a sender asked"),
         }
+        Ok(())
     }
 
-    /// The next operation to start, if any.
-    pub fn poll_disk(&mut self) -> Option<(Ticket, DiskOp)> {
+    fn poll_disk(&mut self) -> Option<(Ticket, DiskOp)> {
         if let Some(from) = self.runs.wanted() {
             let ticket = self.tickets.take();
             self.mapping = Some(ticket);
@@ -181,11 +157,34 @@ impl Sender {
         None
     }
 
-    /// The next frame to write, if any.
-    pub fn poll_transmit(&mut self) -> Option<Frame> {
+    fn poll_transmit(&mut self) -> Option<Frame> {
         let frame = self.next_frame()?;
         self.counters.bytes_wire += frame.wire_len() as u64;
         Some(frame)
+    }
+
+    fn outcome(&self) -> Option<Outcome> {
+        let root = self.root.filter(|_| self.agreed)?;
+        Some(Outcome {
+            counters: self.counters,
+            first_difference: self.first_difference,
+            root,
+        })
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn is_wire_bound(&self) -> bool {
+        self.outstanding() >= DATA_AHEAD / 2
+    }
+}
+
+impl Sender {
+    /// Payload that waits for credit.
+    fn outstanding(&self) -> u64 {
+        self.sent_payload - self.consumed
     }
 
     fn on_digests(&mut self, first: u64, frame: &Frame) -> Result<(), SyncError> {

@@ -1,0 +1,270 @@
+//! Pipes and sockets as asynchronous streams of frames, in both directions.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes, BytesMut};
+use kvm_clone_protocol::codec::{FrameDecoder, ReadError};
+use kvm_clone_protocol::frame::{self, Frame};
+use kvm_clone_protocol::preamble::{self, Preamble, Versions};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncReadExt, Interest, ReadBuf};
+use tokio_util::codec::Decoder;
+
+use crate::failure::Failure;
+use crate::pace::Pace;
+
+/// How much is read at once: a full pipe, and some frames.
+const READ_SIZE: usize = 256 * 1024;
+
+/// What a pipe is asked to hold, so that each side wakes less often.
+const PIPE_SIZE: i32 = 1024 * 1024;
+
+/// Frames written with one system call.
+const WRITE_SLICES: usize = 32;
+
+/// A descriptor that may be waited for.
+#[derive(Debug)]
+struct Pollable(AsyncFd<OwnedFd>);
+
+impl Pollable {
+    /// Regular files and the like cannot be waited for; a thread then carries their bytes through
+    /// a pipe (`outward`: from the pipe to the file).
+    fn new(fd: OwnedFd, outward: bool) -> io::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL)?);
+        fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        // A socket has no pipe size, and an unprivileged user a limit: then it stays as it is.
+        let _ = fcntl(fd.as_fd(), FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
+        let interest = if outward {
+            Interest::WRITABLE
+        } else {
+            Interest::READABLE
+        };
+        // SAFETY: the descriptor is owned, and nothing replaces or closes it while it is registered.
+        match unsafe { AsyncFd::register_with_interest(fd, interest) } {
+            Ok(fd) => Ok(Self(fd)),
+            Err(error) => {
+                let (fd, error) = error.into_parts();
+                if error.kind() != io::ErrorKind::PermissionDenied {
+                    return Err(error);
+                }
+                Self::new(carried(fd, outward)?, outward)
+            }
+        }
+    }
+}
+
+/// A pipe whose other end a thread connects with `fd`.
+fn carried(fd: OwnedFd, outward: bool) -> io::Result<OwnedFd> {
+    let (reader, writer) = io::pipe()?;
+    let file = std::fs::File::from(fd);
+    let (ours, mut from, mut to): (OwnedFd, Box<dyn io::Read + Send>, Box<dyn io::Write + Send>) =
+        if outward {
+            (writer.into(), Box::new(reader), Box::new(file))
+        } else {
+            (reader.into(), Box::new(file), Box::new(writer))
+        };
+    // An error here is the end of the stream for the other end, which is what it must act on.
+    std::thread::spawn(move || io::copy(&mut from, &mut to));
+    Ok(ours)
+}
+
+impl AsyncRead for Pollable {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(context))?;
+            let spare = buffer.initialize_unfilled();
+            match guard.try_io(|fd| Ok(nix::unistd::read(fd.get_ref(), spare)?)) {
+                Ok(Ok(n)) => {
+                    buffer.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return Poll::Ready(Err(error)),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+/// Frames that come in.
+#[derive(Debug)]
+pub(crate) struct FrameReader {
+    fd: Pollable,
+    buffer: BytesMut,
+    decoder: FrameDecoder,
+}
+
+impl FrameReader {
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            fd: Pollable::new(fd, false)?,
+            buffer: BytesMut::with_capacity(READ_SIZE),
+            decoder: FrameDecoder::default(),
+        })
+    }
+
+    /// The other end's preamble, which comes before any frame.
+    ///
+    /// # Errors
+    /// [`Failure`] when something else comes, or no version is shared with `ours`.
+    pub(crate) async fn preamble(&mut self, ours: Versions) -> Result<(Preamble, u16), Failure> {
+        loop {
+            if let Some((theirs, _noise)) = preamble::find(&mut self.buffer)? {
+                let version = ours.negotiate(theirs.versions)?;
+                return Ok((theirs, version));
+            }
+            if self.fill().await? == 0 {
+                return Err(preamble::not_found(&self.buffer).into());
+            }
+        }
+    }
+
+    /// The next frame, or `None` at the end of the stream. May be dropped and called again.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the stream breaks, ends within a frame, or is not frames.
+    pub(crate) async fn next(&mut self) -> Result<Option<Frame>, ReadError> {
+        loop {
+            if let Some(frame) = self.decoder.decode(&mut self.buffer)? {
+                return Ok(Some(frame));
+            }
+            if self.fill().await? == 0 {
+                return if self.buffer.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
+                };
+            }
+        }
+    }
+
+    /// A frame that is here already.
+    pub(crate) fn buffered(&mut self) -> Result<Option<Frame>, ReadError> {
+        self.decoder.decode(&mut self.buffer)
+    }
+
+    async fn fill(&mut self) -> io::Result<usize> {
+        if self.buffer.capacity() - self.buffer.len() < READ_SIZE / 4 {
+            self.buffer.reserve(READ_SIZE);
+        }
+        self.fd.read_buf(&mut self.buffer).await
+    }
+}
+
+/// Frames that go out, in order, at a pace.
+#[derive(Debug)]
+pub(crate) struct FrameWriter {
+    fd: Pollable,
+    queue: VecDeque<Bytes>,
+    pace: Pace,
+}
+
+impl FrameWriter {
+    /// `rate` in bytes a second; zero for no limit.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            fd: Pollable::new(fd, true)?,
+            queue: VecDeque::new(),
+            pace: Pace::unlimited(),
+        })
+    }
+
+    /// Limits the bytes a second from now on; zero for no limit.
+    pub(crate) fn set_rate(&mut self, rate: u64) {
+        self.pace = Pace::new(rate);
+    }
+
+    /// Takes a frame for writing. What is taken is bounded by the windows of the protocol.
+    pub(crate) fn push(&mut self, frame: &Frame) {
+        let mut head = BytesMut::with_capacity(frame::HEAD_LEN + frame.meta.len());
+        frame.encode_head(&mut head);
+        self.queue.push_back(head.freeze());
+        if !frame.payload.is_empty() {
+            self.queue.push_back(frame.payload.clone());
+        }
+    }
+
+    pub(crate) fn push_bytes(&mut self, bytes: Bytes) {
+        self.queue.push_back(bytes);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Writes a part of what was taken; for ever pending when there is nothing. May be dropped
+    /// and called again.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    pub(crate) async fn write_some(&mut self) -> io::Result<()> {
+        if self.queue.is_empty() {
+            return std::future::pending().await;
+        }
+        let allowed = self.pace.wait().await;
+        let written = loop {
+            let mut guard = self.fd.0.writable().await?;
+            let slices = slices(&self.queue, allowed);
+            match guard.try_io(|fd| write_vectored(fd.get_ref(), &slices)) {
+                Ok(Ok(written)) => break written,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return Err(error),
+                Err(_would_block) => {}
+            }
+        };
+        self.pace.took(written);
+        self.advance(written);
+        Ok(())
+    }
+
+    /// Writes everything that was taken.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    pub(crate) async fn flush(&mut self) -> io::Result<()> {
+        while !self.is_empty() {
+            self.write_some().await?;
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        while written > 0
+            && let Some(front) = self.queue.front_mut()
+        {
+            let part = written.min(front.len());
+            front.advance(part);
+            written -= part;
+            if front.is_empty() {
+                self.queue.pop_front();
+            }
+        }
+    }
+}
+
+/// The front of the queue, as much of it as may be written.
+fn slices(queue: &VecDeque<Bytes>, allowed: usize) -> Vec<IoSlice<'_>> {
+    let mut left = allowed;
+    queue
+        .iter()
+        .take(WRITE_SLICES)
+        .map_while(|bytes| {
+            let part = bytes.len().min(left);
+            left -= part;
+            (part > 0).then(|| IoSlice::new(&bytes[..part]))
+        })
+        .collect()
+}
+
+fn write_vectored(fd: &OwnedFd, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    Ok(nix::sys::uio::writev(fd, slices)?)
+}

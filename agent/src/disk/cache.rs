@@ -1,0 +1,96 @@
+//! Being a good guest in the host's page cache: what a scan brought in, it drops again; what was
+//! there before stays.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr;
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::libc;
+
+use super::Disk;
+
+/// The page size that residency is counted in; larger pages only make the answer coarser.
+const PAGE: usize = 4096;
+
+/// A byte range that was not, or not all, in the page cache before it was read.
+#[derive(Debug)]
+pub(super) struct Cold {
+    offset: u64,
+    resident: Vec<u8>,
+}
+
+impl Disk {
+    /// Switches off the kernel's own read-ahead, which would reach into the next window and make
+    /// it look as if it had been in the cache before: windows are read ahead one by one instead.
+    pub(super) fn read_in_windows(&self) {
+        self.advise(0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+    }
+
+    /// Looks which pages of a window are in the cache, and has the others read. `None` when all
+    /// are there, or the kernel does not tell.
+    pub(super) fn warm_up(&self, offset: u64, len: u64) -> Option<Cold> {
+        let resident = residency(&self.file, offset, len).ok()?;
+        if resident.iter().all(|page| page & 1 == 1) {
+            return None;
+        }
+        self.advise(offset, len, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+        Some(Cold { offset, resident })
+    }
+
+    /// Drops the pages of a window that were not in the cache before.
+    pub(super) fn cool_down(&self, cold: Option<Cold>) {
+        let Some(Cold { offset, resident }) = cold else {
+            return;
+        };
+        let mut at = 0;
+        for run in resident.chunk_by(|one, next| one & 1 == next & 1) {
+            let len = (run.len() * PAGE) as u64;
+            if run[0] & 1 == 0 {
+                self.advise(offset + at, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            }
+            at += len;
+        }
+    }
+
+    /// Drops everything that is clean.
+    pub(super) fn drop_cache(&self) {
+        self.advise(0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+
+    /// Advice that is not taken changes nothing but speed, so errors are of no interest.
+    fn advise(&self, offset: u64, len: u64, advice: PosixFadviseAdvice) {
+        if let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
+            let _ = posix_fadvise(self.file.as_fd(), offset, len, advice);
+        }
+    }
+}
+
+/// One byte for each page of the range, its lowest bit set when the page is in the cache.
+fn residency(file: &std::fs::File, offset: u64, len: u64) -> io::Result<Vec<u8>> {
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let (at, bytes) = (
+        i64::try_from(offset).map_err(invalid)?,
+        usize::try_from(len).map_err(invalid)?,
+    );
+    let mut pages = vec![0; bytes.div_ceil(PAGE)];
+    // SAFETY: a new private mapping that nothing reads: it is only asked about and unmapped
+    // again, so a file that shrinks meanwhile cannot fault. `pages` has a byte for each page.
+    unsafe {
+        let map = libc::mmap(
+            ptr::null_mut(),
+            bytes,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            at,
+        );
+        if map == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let result = libc::mincore(map, bytes, pages.as_mut_ptr());
+        let error = io::Error::last_os_error();
+        libc::munmap(map, bytes);
+        if result == -1 { Err(error) } else { Ok(pages) }
+    }
+}

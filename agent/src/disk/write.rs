@@ -1,0 +1,242 @@
+//! Writing blocks, and making holes.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+
+use kvm_clone_protocol::digest::{Content, is_zero};
+use kvm_clone_protocol::message::{Encoding, FailureCode};
+use kvm_clone_protocol::sync::WriteBlock;
+use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::libc;
+
+use super::{Disk, Scratch, SessionContext};
+use crate::failure::Failure;
+
+/// The grain of holes inside a block: the block size of the usual file systems.
+const GRAIN: usize = 4096;
+
+/// Zeros to write where no hole can be had.
+static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
+
+impl Disk {
+    /// Writes the blocks; returns what each now holds, from the very bytes that were written.
+    pub(super) fn write(
+        &self,
+        blocks: &[WriteBlock],
+        context: &SessionContext<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Content>, Failure> {
+        let mut contents = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let len = context.geometry.block_len(block.index);
+            let bytes = match block.encoding {
+                Encoding::Raw => &block.payload[..],
+                Encoding::Zstd => {
+                    decompress(block, &mut scratch.block[..len], &mut scratch.decompressor)?
+                }
+            };
+            contents.push(context.digester.content(bytes));
+            self.write_block(block.index * BLOCK_SIZE, bytes)?;
+        }
+        self.start_writeback(blocks);
+        Ok(contents)
+    }
+
+    /// Writes a block with its zero pages as holes.
+    fn write_block(&self, offset: u64, bytes: &[u8]) -> Result<(), Failure> {
+        if self.is_device {
+            return self.write_all(offset, bytes);
+        }
+        let mut at = offset;
+        let pages: Vec<(bool, usize)> = bytes
+            .chunks(GRAIN)
+            .map(|page| (is_zero(page), page.len()))
+            .collect();
+        let mut rest = bytes;
+        for run in pages.chunk_by(|one, next| one.0 == next.0) {
+            let len = run.iter().map(|(_, len)| len).sum();
+            let (part, after) = rest.split_at(len);
+            if run[0].0 {
+                self.make_hole(at, len as u64)?;
+            } else {
+                self.write_all(at, part)?;
+            }
+            at += len as u64;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Makes blocks read as zeros.
+    pub(super) fn zero(&self, run: BlockRun, geometry: Geometry) -> Result<(), Failure> {
+        let (offset, len) = geometry.byte_range(run);
+        if self.is_device {
+            self.zero_device(offset, len)
+        } else {
+            self.make_hole(offset, len)
+        }
+    }
+
+    /// Gives back the space of blocks that read as zeros already. Not worth an error, and nothing
+    /// that a device promises.
+    pub(super) fn trim(&self, run: BlockRun, geometry: Geometry) {
+        if !self.is_device {
+            let (offset, len) = geometry.byte_range(run);
+            let _ = self.fallocate(punch(), offset, len);
+        }
+    }
+
+    fn make_hole(&self, offset: u64, len: u64) -> Result<(), Failure> {
+        if self.is_fresh {
+            return Ok(());
+        }
+        match self.fallocate(punch(), offset, len) {
+            Ok(()) => Ok(()),
+            Err(Errno::EOPNOTSUPP) => {
+                // Past the end there is nothing to overwrite; the final length makes it zeros.
+                let end = self.size()?.min(offset + len);
+                self.write_zeros(offset, end.saturating_sub(offset))
+            }
+            Err(error) => Err(self.failed_at("punching a hole in", offset, &error.into())),
+        }
+    }
+
+    /// `PUNCH_HOLE` on a device unmaps only where the kernel knows that zeros will be read;
+    /// `ZERO_RANGE` writes zeros in the cheapest way that the device has.
+    fn zero_device(&self, offset: u64, len: u64) -> Result<(), Failure> {
+        // Devices take whole sectors; the short last block may end inside one.
+        let whole = len / GRAIN as u64 * GRAIN as u64;
+        for flags in [punch(), FallocateFlags::FALLOC_FL_ZERO_RANGE | keep_size()] {
+            match self.fallocate(flags, offset, whole) {
+                Ok(()) => return self.write_zeros(offset + whole, len - whole),
+                Err(Errno::EOPNOTSUPP | Errno::EINVAL) => {}
+                Err(error) => return Err(self.failed_at("zeroing", offset, &error.into())),
+            }
+        }
+        self.write_zeros(offset, len)
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> nix::Result<()> {
+        let overflow = |_| Errno::EFBIG;
+        let (offset, len) = (
+            i64::try_from(offset).map_err(overflow)?,
+            i64::try_from(len).map_err(overflow)?,
+        );
+        if len == 0 {
+            return Ok(());
+        }
+        loop {
+            match fallocate(self.file.as_fd(), flags, offset, len) {
+                Err(Errno::EINTR) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn write_zeros(&self, mut offset: u64, mut len: u64) -> Result<(), Failure> {
+        while len > 0 {
+            let part = usize::try_from(len.min(BLOCK_SIZE)).expect("at most a block");
+            self.write_all(offset, &ZEROS[..part])?;
+            offset += part as u64;
+            len -= part as u64;
+        }
+        Ok(())
+    }
+
+    fn write_all(&self, offset: u64, bytes: &[u8]) -> Result<(), Failure> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|error| self.failed_at("writing", offset, &error))
+    }
+
+    /// Has the kernel start writing to the disk now, so that the fsync at the end finds little
+    /// left to do.
+    fn start_writeback(&self, blocks: &[WriteBlock]) {
+        let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else {
+            return;
+        };
+        let (start, end) = (first.index * BLOCK_SIZE, (last.index + 1) * BLOCK_SIZE);
+        if let (Ok(start), Ok(len)) = (i64::try_from(start), i64::try_from(end - start)) {
+            // SAFETY: a system call on a descriptor that is open; no memory is involved. It is
+            // advice, so its result is of no interest.
+            unsafe {
+                libc::sync_file_range(
+                    self.file.as_raw_fd(),
+                    start,
+                    len,
+                    libc::SYNC_FILE_RANGE_WRITE,
+                );
+            }
+        }
+    }
+
+    /// Punches the holes of a file that is preallocated: they read as zeros but occupy space,
+    /// which neither a scan nor `SEEK_DATA` shows.
+    pub(super) fn punch_preallocated(&self, geometry: Geometry) -> Result<(), Failure> {
+        use kvm_clone_protocol::sync::RunKind;
+        use std::os::unix::fs::MetadataExt;
+
+        let mut holes = Vec::new();
+        let (mut at, mut data_bytes) = (0, 0);
+        while at < geometry.block_count() {
+            for run in self.map(at, geometry)? {
+                let blocks = BlockRun {
+                    first: at,
+                    count: run.count,
+                };
+                match run.kind {
+                    RunKind::Hole => holes.push(blocks),
+                    RunKind::Data => data_bytes += geometry.byte_range(blocks).1,
+                }
+                at = blocks.end();
+            }
+        }
+        // st_blocks counts in units of 512 bytes; a hundredth is the file system's own maps.
+        let allocated = self.metadata()?.blocks() * 512;
+        if allocated > data_bytes + data_bytes / 100 + BLOCK_SIZE {
+            for run in holes {
+                self.trim(run, geometry);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn keep_size() -> FallocateFlags {
+    FallocateFlags::FALLOC_FL_KEEP_SIZE
+}
+
+fn punch() -> FallocateFlags {
+    FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep_size()
+}
+
+/// Decompresses a block into `out`, which bounds what a hostile frame can make of it.
+fn decompress<'a>(
+    block: &WriteBlock,
+    out: &'a mut [u8],
+    decompressor: &mut Option<zstd::bulk::Decompressor<'static>>,
+) -> Result<&'a [u8], Failure> {
+    let bad = |what: &str| {
+        Failure::new(
+            FailureCode::Protocol,
+            format!("block {} does not decompress: {what}", block.index),
+        )
+    };
+    let decompressor = match decompressor {
+        Some(decompressor) => decompressor,
+        none => none.insert(
+            zstd::bulk::Decompressor::new().map_err(|error: io::Error| bad(&error.to_string()))?,
+        ),
+    };
+    let len = decompressor
+        .decompress_to_buffer(&block.payload, out)
+        .map_err(|error| bad(&error.to_string()))?;
+    if len == out.len() {
+        Ok(out)
+    } else {
+        Err(bad("it is too short"))
+    }
+}

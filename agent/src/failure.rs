@@ -1,0 +1,110 @@
+//! What goes wrong in an agent, in the form that the controller is told.
+
+use std::fmt::Display;
+use std::io;
+use std::path::Path;
+
+use kvm_clone_protocol::codec::ReadError;
+use kvm_clone_protocol::message::{Failed, FailureCode, MessageError};
+use kvm_clone_protocol::preamble::PreambleError;
+use kvm_clone_protocol::sync::SyncError;
+use thiserror::Error;
+
+/// A failure: who has to act, and a message that names the thing.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub(crate) struct Failure {
+    pub(crate) code: FailureCode,
+    /// The byte of the disk, where it is about one.
+    pub(crate) offset: Option<u64>,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(code: FailureCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            offset: None,
+            message: message.into(),
+        }
+    }
+
+    /// An operating system's error about a path: `doing` reads as in "reading /a/b".
+    pub(crate) fn io(doing: &str, path: &Path, error: &io::Error) -> Self {
+        let code = match error.kind() {
+            io::ErrorKind::NotFound => FailureCode::NotFound,
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge => FailureCode::NoSpace,
+            io::ErrorKind::ResourceBusy => FailureCode::Busy,
+            _ => FailureCode::Io,
+        };
+        Self::new(code, format!("{doing} {}: {error}", path.display()))
+    }
+
+    /// The same, about one byte of the disk.
+    pub(crate) fn io_at(doing: &str, path: &Path, offset: u64, error: &io::Error) -> Self {
+        let mut failure = Self::io(doing, path, error);
+        failure.message = format!("{doing} {} at byte {offset}: {error}", path.display());
+        failure.offset = Some(offset);
+        failure
+    }
+
+    /// A data connection that could not be made, or broke.
+    pub(crate) fn link(message: impl Display) -> Self {
+        Self::new(FailureCode::LinkLost, message.to_string())
+    }
+
+    /// The frame that tells the controller.
+    pub(crate) fn message(self, disk: Option<u32>) -> Failed {
+        Failed {
+            code: self.code,
+            disk,
+            offset: self.offset,
+            message: self.message,
+        }
+    }
+}
+
+impl From<SyncError> for Failure {
+    fn from(error: SyncError) -> Self {
+        let code = match error {
+            SyncError::Message(_) | SyncError::PeerMisbehaved(_) => FailureCode::Protocol,
+            SyncError::RootMismatch => FailureCode::Mismatch,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::link(format!("the connection to the peer broke: {error}"))
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Io(error) => error.into(),
+            ReadError::Frame(error) => Self::new(FailureCode::Protocol, error.to_string()),
+        }
+    }
+}
+
+impl From<MessageError> for Failure {
+    fn from(error: MessageError) -> Self {
+        Self::new(FailureCode::Protocol, error.to_string())
+    }
+}
+
+impl From<PreambleError> for Failure {
+    fn from(error: PreambleError) -> Self {
+        let code = match error {
+            PreambleError::NotFound { .. } => FailureCode::LinkLost,
+            PreambleError::BadRange { .. } | PreambleError::NoCommonVersion { .. } => {
+                FailureCode::Protocol
+            }
+        };
+        Self::new(code, error.to_string())
+    }
+}

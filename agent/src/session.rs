@@ -1,0 +1,124 @@
+//! Drives one half of a session: the machine decides, the pool works, the link carries.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_clone_protocol::digest::Digester;
+use kvm_clone_protocol::message::{Compression, Counters, SessionParams};
+use kvm_clone_protocol::preamble::PREAMBLE_LEN;
+use kvm_clone_protocol::sync::{DiskDone, DiskOp, Machine, Outcome, Ticket};
+use kvm_clone_protocol::units::Geometry;
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+use crate::compress::Compressor;
+use crate::disk::{Disk, SessionContext};
+use crate::failure::Failure;
+use crate::link::Link;
+use crate::pool::Pool;
+
+/// How often the controller hears how far a session is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
+
+type Done = (Ticket, Result<DiskDone, Failure>);
+
+/// One half of a session, ready to run.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) machine: Box<dyn Machine>,
+    /// `None` for a destination that neither exists nor is to be made.
+    pub(crate) disk: Option<Arc<Disk>>,
+    pub(crate) geometry: Geometry,
+    pub(crate) params: SessionParams,
+    pub(crate) compression: Compression,
+}
+
+impl Session {
+    /// Runs to the end, and reports counters on the way.
+    ///
+    /// # Errors
+    /// [`Failure`] of the disk, the link or the other end.
+    pub(crate) async fn run(
+        mut self,
+        mut link: Link,
+        pool: &Pool,
+        mut report: impl FnMut(Counters),
+    ) -> Result<Outcome, Failure> {
+        let compressor = Arc::new(Compressor::new(self.compression));
+        let (done_to, mut done) = mpsc::unbounded_channel::<Done>();
+        let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            while let Some((ticket, op)) = self.machine.poll_disk() {
+                self.submit(pool, &compressor, &done_to, ticket, op);
+            }
+            while let Some(frame) = self.machine.poll_transmit() {
+                link.writer.push(&frame);
+            }
+            compressor.set_wire_bound(self.machine.is_wire_bound());
+            if let Some(outcome) = self.machine.outcome()
+                && link.writer.is_empty()
+            {
+                let counters = with_preambles(outcome.counters);
+                return Ok(Outcome {
+                    counters,
+                    ..outcome
+                });
+            }
+            tokio::select! {
+                Some((ticket, result)) = done.recv() => {
+                    self.machine.handle_disk(ticket, result?)?;
+                    while let Ok((ticket, result)) = done.try_recv() {
+                        self.machine.handle_disk(ticket, result?)?;
+                    }
+                }
+                frame = link.reader.next() => {
+                    let Some(frame) = frame? else { return Err(link.lost().await) };
+                    self.machine.handle_frame(&frame)?;
+                    while let Some(frame) = link.reader.buffered()? {
+                        self.machine.handle_frame(&frame)?;
+                    }
+                }
+                written = link.writer.write_some() => {
+                    if let Err(error) = written {
+                        return Err(Failure::link(format!(
+                            "writing to the peer: {error}{}", link.last_words().await
+                        )));
+                    }
+                }
+                _ = ticks.tick() => report(with_preambles(self.machine.counters())),
+            }
+        }
+    }
+
+    fn submit(
+        &self,
+        pool: &Pool,
+        compressor: &Arc<Compressor>,
+        done: &mpsc::UnboundedSender<Done>,
+        ticket: Ticket,
+        op: DiskOp,
+    ) {
+        let Some(disk) = self.disk.clone() else {
+            debug_assert!(false, "a session without a disk asked for {op:?}");
+            return;
+        };
+        let digester = Digester::new(self.params.hash, self.params.seed);
+        let (geometry, compressor, done) = (self.geometry, Arc::clone(compressor), done.clone());
+        pool.submit(move |scratch| {
+            let context = SessionContext {
+                geometry,
+                digester,
+                compressor: &compressor,
+            };
+            // A session that has ended meanwhile no longer listens.
+            let _ = done.send((ticket, disk.run(op, &context, scratch)));
+        });
+    }
+}
+
+/// The preambles of a data connection are bytes between the agents too.
+fn with_preambles(mut counters: Counters) -> Counters {
+    counters.bytes_wire += 2 * PREAMBLE_LEN as u64;
+    counters
+}

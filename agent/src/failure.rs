@@ -42,12 +42,12 @@ impl Failure {
         Self::new(code, format!("{doing} {}: {error}", path.display()))
     }
 
-    /// The same, about one byte of the disk.
+    /// The same, about one byte of the disk, which the controller adds to the message.
     pub(crate) fn io_at(doing: &str, path: &Path, offset: u64, error: &io::Error) -> Self {
-        let mut failure = Self::io(doing, path, error);
-        failure.message = format!("{doing} {} at byte {offset}: {error}", path.display());
-        failure.offset = Some(offset);
-        failure
+        Self {
+            offset: Some(offset),
+            ..Self::io(doing, path, error)
+        }
     }
 
     /// A data connection that could not be made, or broke.

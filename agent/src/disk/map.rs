@@ -11,48 +11,62 @@ use nix::unistd::{Whence, lseek};
 use super::Disk;
 use crate::failure::Failure;
 
+/// A part of a disk's map.
+#[derive(Debug, Default)]
+pub(super) struct Map {
+    pub(super) runs: Vec<MapRun>,
+    /// Bytes of data in them, not rounded to blocks.
+    pub(super) data_bytes: u64,
+}
+
 impl Disk {
     /// The runs from block `from` on. What lies past the end of the file is a hole. A file system
     /// or device that cannot tell its holes is data throughout: zeros are then found by looking.
-    pub(super) fn map(&self, from: u64, geometry: Geometry) -> Result<Vec<MapRun>, Failure> {
+    pub(super) fn map(&self, from: u64, geometry: Geometry) -> Result<Map, Failure> {
         let total = geometry.block_count();
-        if self.is_device {
-            return Ok(vec![MapRun {
-                kind: RunKind::Data,
-                count: total - from,
-            }]);
+        let mut map = Map::default();
+        // Extents are byte ranges; blocks that they share belong to the first.
+        let (mut at, mut covered) = (from * BLOCK_SIZE, from);
+        while covered < total {
+            let Some((start, end)) = self.next_data(at, geometry)? else {
+                map.push(RunKind::Hole, total - covered);
+                break;
+            };
+            let first = (start / BLOCK_SIZE).max(covered);
+            if first > covered && map.runs.len() + 2 > MAP_RUNS {
+                break;
+            }
+            let last = end.div_ceil(BLOCK_SIZE).max(covered);
+            map.push(RunKind::Hole, first - covered);
+            map.push(RunKind::Data, last - first);
+            map.data_bytes += end - start;
+            (at, covered) = (end, last);
         }
-        let mut runs = Vec::new();
-        let mut at = from;
-        while at < total && runs.len() < MAP_RUNS - 1 {
-            let (data, end) = self.next_data(at, total)?;
-            push(&mut runs, RunKind::Hole, data - at);
-            push(&mut runs, RunKind::Data, end - data);
-            at = end;
-        }
-        Ok(runs)
+        Ok(map)
     }
 
-    /// The first block with data at or after block `at`, and the block after that data; both are
-    /// `total` when there is none.
-    fn next_data(&self, at: u64, total: u64) -> Result<(u64, u64), Failure> {
-        let start = match self.seek(at * BLOCK_SIZE, Whence::SeekData) {
+    /// The first extent of data at or after byte `at`, if there is one.
+    fn next_data(&self, at: u64, geometry: Geometry) -> Result<Option<(u64, u64)>, Failure> {
+        let size = geometry.size();
+        if self.is_device {
+            return Ok((at < size).then_some((at, size)));
+        }
+        let start = match self.seek(at, Whence::SeekData) {
             Ok(start) => start,
-            Err(Errno::ENXIO) => return Ok((total, total)),
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok((at, total)),
+            Err(Errno::ENXIO) => return Ok(None),
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => at,
             Err(error) => return Err(self.seek_failed(at, error)),
         };
-        let data = (start / BLOCK_SIZE).max(at);
-        if data >= total {
-            return Ok((total, total));
+        if start >= size {
+            return Ok(None);
         }
         let end = match self.seek(start, Whence::SeekHole) {
-            Ok(end) => end.div_ceil(BLOCK_SIZE),
-            // The file was cut in between: reading will say so.
-            Err(Errno::ENXIO) => total,
-            Err(error) => return Err(self.seek_failed(at, error)),
+            Ok(end) => end.clamp(start + 1, size),
+            // It cannot tell holes, or was cut in between, which reading will notice.
+            Err(Errno::ENXIO | Errno::EINVAL | Errno::EOPNOTSUPP) => size,
+            Err(error) => return Err(self.seek_failed(start, error)),
         };
-        Ok((data, end.clamp(data + 1, total)))
+        Ok(Some((start, end)))
     }
 
     fn seek(&self, offset: u64, whence: Whence) -> nix::Result<u64> {
@@ -61,20 +75,18 @@ impl Disk {
             .and_then(|offset| u64::try_from(offset).map_err(|_| Errno::EOVERFLOW))
     }
 
-    fn seek_failed(&self, block: u64, error: Errno) -> Failure {
-        self.failed_at(
-            "looking for data in",
-            block * BLOCK_SIZE,
-            &io::Error::from(error),
-        )
+    fn seek_failed(&self, offset: u64, error: Errno) -> Failure {
+        self.failed_at("looking for data in", offset, &io::Error::from(error))
     }
 }
 
-/// Appends a run, joined with the one before where they are alike.
-fn push(runs: &mut Vec<MapRun>, kind: RunKind, count: u64) {
-    match runs.last_mut() {
-        _ if count == 0 => {}
-        Some(last) if last.kind == kind => last.count += count,
-        _ => runs.push(MapRun { kind, count }),
+impl Map {
+    /// Appends a run, joined with the one before where they are alike.
+    fn push(&mut self, kind: RunKind, count: u64) {
+        match self.runs.last_mut() {
+            _ if count == 0 => {}
+            Some(last) if last.kind == kind => last.count += count,
+            _ => self.runs.push(MapRun { kind, count }),
+        }
     }
 }

@@ -58,7 +58,13 @@ impl Disk {
         scratch: &mut Scratch,
     ) -> Result<DiskDone, Failure> {
         match op {
-            DiskOp::Map { from } => self.map(from, context.geometry).map(DiskDone::Mapped),
+            DiskOp::Map { from } => {
+                let map = self.map(from, context.geometry)?;
+                Ok(DiskDone::Mapped {
+                    runs: map.runs,
+                    data_bytes: map.data_bytes,
+                })
+            }
             DiskOp::Compare {
                 run,
                 expected,

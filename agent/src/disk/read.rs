@@ -118,7 +118,7 @@ impl Disk {
                 }
                 Ok(0) => {
                     let message = format!(
-                        "{} ends at byte {at}: it was cut meanwhile",
+                        "{} ends too early: it was cut meanwhile",
                         self.path.display()
                     );
                     let code = FailureCode::Io;

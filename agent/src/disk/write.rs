@@ -182,14 +182,15 @@ impl Disk {
         let mut holes = Vec::new();
         let (mut at, mut data_bytes) = (0, 0);
         while at < geometry.block_count() {
-            for run in self.map(at, geometry)? {
+            let map = self.map(at, geometry)?;
+            data_bytes += map.data_bytes;
+            for run in map.runs {
                 let blocks = BlockRun {
                     first: at,
                     count: run.count,
                 };
-                match run.kind {
-                    RunKind::Hole => holes.push(blocks),
-                    RunKind::Data => data_bytes += geometry.byte_range(blocks).1,
+                if run.kind == RunKind::Hole {
+                    holes.push(blocks);
                 }
                 at = blocks.end();
             }

@@ -184,7 +184,12 @@ pub struct WriteBlock {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DiskDone {
     /// Consecutive runs from the block asked for.
-    Mapped(Vec<MapRun>),
+    Mapped {
+        /// Holes and data.
+        runs: Vec<MapRun>,
+        /// Bytes of them that are not holes, as exactly as the file system says.
+        data_bytes: u64,
+    },
     /// One entry for each block.
     Compared(Vec<Compared>),
     /// The digests of the blocks, made with [`push_content`].

@@ -152,9 +152,10 @@ impl Machine for Receiver {
 
     fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) -> Result<(), SyncError> {
         match done {
-            DiskDone::Mapped(runs) if self.mapping == Some(ticket) => {
+            DiskDone::Mapped { runs, data_bytes } if self.mapping == Some(ticket) => {
                 self.mapping = None;
-                self.counters.bytes_data += self.runs.extend(&runs, self.geometry);
+                self.counters.bytes_data += data_bytes;
+                self.runs.extend(&runs);
             }
             DiskDone::Digested(digests) => self.digested(ticket, digests),
             DiskDone::Written(contents) => self.written(ticket, contents),

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::units::{BlockRun, Geometry};
+use crate::units::BlockRun;
 
 /// Whether blocks occupy space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,26 +52,15 @@ impl Runs {
         wanted.then_some(self.mapped)
     }
 
-    /// Adds runs that follow what has been mapped; returns how many bytes of data they hold.
-    pub(super) fn extend(&mut self, runs: &[MapRun], geometry: Geometry) -> u64 {
+    /// Adds runs that follow what has been mapped.
+    pub(super) fn extend(&mut self, runs: &[MapRun]) {
         self.asked = false;
-        let mut data_bytes = 0;
-        for run in runs {
-            if run.kind == RunKind::Data {
-                let blocks = BlockRun {
-                    first: self.mapped,
-                    count: run.count,
-                };
-                data_bytes += geometry.byte_range(blocks).1;
-            }
-            self.mapped += run.count;
-        }
+        self.mapped += runs.iter().map(|run| run.count).sum::<u64>();
         debug_assert!(
             self.mapped <= self.total,
             "a disk mapped past the end of the session"
         );
         self.queue.extend(runs);
-        data_bytes
     }
 
     pub(super) fn front(&self) -> Option<MapRun> {

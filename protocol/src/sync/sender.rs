@@ -116,9 +116,10 @@ impl Machine for Sender {
 
     fn handle_disk(&mut self, ticket: Ticket, done: DiskDone) -> Result<(), SyncError> {
         match done {
-            DiskDone::Mapped(runs) if self.mapping == Some(ticket) => {
+            DiskDone::Mapped { runs, data_bytes } if self.mapping == Some(ticket) => {
                 self.mapping = None;
-                self.counters.bytes_data += self.runs.extend(&runs, self.geometry);
+                self.counters.bytes_data += data_bytes;
+                self.runs.extend(&runs);
             }
             DiskDone::Compared(blocks) => {
                 let step = self

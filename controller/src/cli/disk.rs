@@ -1,0 +1,69 @@
+//! `disk sync`, `disk diff` and `disk verify`.
+
+use clap::{Args, Subcommand};
+
+use super::App;
+use super::options::{CompareArgs, DiskArgs, OutputFormat, TransferArgs};
+use crate::error::Result;
+use crate::output;
+use crate::transfer::{self, Operation, Request};
+
+/// What can be done with two disks.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Make DST_DISK hold what SRC_DISK holds
+    Sync(Sync),
+    /// Say how much a sync would ship; writes nothing
+    Diff(Compare),
+    /// Say whether both disks are equal; reads both and writes nothing
+    Verify(Compare),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Sync {
+    /// Disk that is read: HOST:/absolute/path, or /absolute/path on this machine
+    #[command(flatten)]
+    disks: DiskArgs,
+    #[command(flatten)]
+    transfer: TransferArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Compare {
+    #[command(flatten)]
+    disks: DiskArgs,
+    #[command(flatten)]
+    compare: CompareArgs,
+}
+
+pub(super) async fn run(app: &App, command: Command) -> Result<()> {
+    let request = match command {
+        Command::Sync(sync) => {
+            let options = sync.transfer.resolve(&app.config);
+            sync.disks
+                .request(Operation::Sync, options, sync.transfer.dry_run)?
+        }
+        Command::Diff(diff) => {
+            diff.disks
+                .request(Operation::Diff, diff.compare.resolve(&app.config), false)?
+        }
+        Command::Verify(verify) => verify.disks.request(
+            Operation::Verify,
+            verify.compare.resolve(&app.config),
+            false,
+        )?,
+    };
+    transfer_and_report(app, &request).await
+}
+
+/// Prints the result, also of a failure, to which the figures so far belong.
+async fn transfer_and_report(app: &App, request: &Request) -> Result<()> {
+    let mut result = transfer::run(&app.transfer_context(), request).await;
+    for warning in &result.warnings {
+        app.warn(warning);
+    }
+    if result.success || app.format() != OutputFormat::Text {
+        output::print(&result, app.format(), || output::transfer_text(&result))?;
+    }
+    result.error.take().map_or(Ok(()), Err)
+}

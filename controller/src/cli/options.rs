@@ -1,0 +1,405 @@
+//! The options that several commands share, and what they mean once the configuration file and
+//! the defaults are taken into account. The same parsers read the command line and the file.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{ArgAction, Args, ValueEnum};
+use kvm_clone_protocol::digest::HashKind;
+use kvm_clone_protocol::message::Compression;
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::endpoint::DiskSpec;
+use crate::error::{Error, Result};
+use crate::transfer::{Operation, Options, Request, RouteChoice, Verification};
+
+/// The options that every command takes.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Globals {
+    /// Configuration file for ssh
+    #[arg(short = 'F', long, global = true, value_name = "FILE")]
+    pub ssh_config: Option<PathBuf>,
+    /// Private key for ssh
+    #[arg(short = 'i', long, global = true, value_name = "FILE")]
+    pub ssh_key: Option<PathBuf>,
+    /// Option for ssh, as after its -o; may be repeated
+    #[arg(long = "ssh-option", global = true, value_name = "KEY=VALUE")]
+    pub ssh_options: Vec<String>,
+    /// Run the agent through "sudo -n"; only one that root owns (see "agent install")
+    #[arg(long, global = true)]
+    pub sudo: bool,
+    /// Use this agent on the hosts, and deploy nothing
+    #[arg(long, global = true, value_name = "PATH")]
+    pub agent_path: Option<PathBuf>,
+    /// Where libvirt listens on the hosts [default: qemu:///system]
+    #[arg(long, global = true, value_name = "URI")]
+    pub connect: Option<String>,
+    /// Let the hosts use this machine's ssh agent
+    #[arg(long, global = true)]
+    pub forward_agent: bool,
+    /// Form of the results on standard output
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
+    pub output: OutputFormat,
+    /// Print errors and results only
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more on standard error; up to three times
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Form of the log on standard error
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Show no progress
+    #[arg(long, global = true)]
+    pub no_progress: bool,
+    /// Configuration file [default: ~/.config/kvm-clone-ctl/config.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// For people
+    Text,
+    /// One JSON object
+    Json,
+    /// The same as YAML
+    Yaml,
+}
+
+/// How log lines are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// A wrong value of an option or of a key of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadValue(String);
+
+/// How disks are transferred.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// The pair of agents.
+    #[default]
+    Blocksync,
+}
+
+impl FromStr for Method {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "blocksync" => Ok(Self::Blocksync),
+            "rsync" | "libvirt" | "auto" => Err(BadValue(format!(
+                "this version has only blocksync, and not yet \"{text}\""
+            ))),
+            _ => Err(BadValue(
+                "the only method of this version is blocksync".to_owned(),
+            )),
+        }
+    }
+}
+
+impl FromStr for RouteChoice {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "direct" => Ok(Self::Direct),
+            "relay" => Ok(Self::Relay),
+            _ => Err(BadValue("expected auto, direct or relay".to_owned())),
+        }
+    }
+}
+
+/// How changes get into a destination that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ApplyChoice {
+    /// The safest way that this version has: in place.
+    #[default]
+    Auto,
+    /// Blocks are written where they belong.
+    Inplace,
+}
+
+impl FromStr for ApplyChoice {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "inplace" => Ok(Self::Inplace),
+            _ => Err(BadValue("expected inplace or auto".to_owned())),
+        }
+    }
+}
+
+impl FromStr for Verification {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "streamed" => Ok(Self::Streamed),
+            "none" => Ok(Self::None),
+            _ => Err(BadValue("expected none or streamed".to_owned())),
+        }
+    }
+}
+
+/// [`Compression`] as it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompressChoice(pub Compression);
+
+impl FromStr for CompressChoice {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match (text, text.parse()) {
+            ("auto", _) => Ok(Self(Compression::Auto)),
+            ("off", _) => Ok(Self(Compression::Off)),
+            (_, Ok(level @ 1..=19)) => Ok(Self(Compression::Level(level))),
+            _ => Err(BadValue(
+                "expected auto, off or a level from 1 to 19".to_owned(),
+            )),
+        }
+    }
+}
+
+/// [`HashKind`] as it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HashChoice(pub HashKind);
+
+impl FromStr for HashChoice {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "xxh3" => Ok(Self(HashKind::Xxh3)),
+            "blake3" => Ok(Self(HashKind::Blake3)),
+            _ => Err(BadValue("expected xxh3 or blake3".to_owned())),
+        }
+    }
+}
+
+/// Bytes a second; at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate(pub u64);
+
+impl FromStr for Rate {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text.parse::<ByteSize>() {
+            Ok(rate) if rate.as_u64() > 0 => Ok(Self(rate.as_u64())),
+            Ok(_) => Err(BadValue("a limit of nothing would never end".to_owned())),
+            Err(_) => Err(BadValue(
+                "expected bytes a second, such as 100M, 1G or 64KiB".to_owned(),
+            )),
+        }
+    }
+}
+
+/// A time limit; not zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimeLimit(pub Duration);
+
+impl FromStr for TimeLimit {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match humantime::parse_duration(text) {
+            Ok(limit) if !limit.is_zero() => Ok(Self(limit)),
+            Ok(_) => Err(BadValue(
+                "a time limit of nothing is over at once".to_owned(),
+            )),
+            Err(_) => Err(BadValue(
+                "expected a duration, such as 90s, 15m or 1h30m".to_owned(),
+            )),
+        }
+    }
+}
+
+/// The options of a command that ships blocks.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Transfer options")]
+pub struct TransferArgs {
+    /// How to transfer: blocksync
+    #[arg(long, alias = "transfer-method", value_name = "METHOD")]
+    pub method: Option<Method>,
+    /// Ship at most so many bytes a second, such as 100M
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth_limit: Option<Rate>,
+    /// Compress blocks on the wire: auto, off, or a zstd level from 1 to 19 [default: auto]
+    #[arg(long, value_name = "auto|off|1..19")]
+    pub compress: Option<CompressChoice>,
+    #[command(flatten)]
+    pub compare: CompareArgs,
+    /// How to change a destination that exists [default: auto, which is inplace]
+    #[arg(long, value_name = "inplace|auto")]
+    pub apply: Option<ApplyChoice>,
+    /// How to check the result [default: streamed, both ends' root digests must agree]
+    #[arg(long, value_name = "none|streamed")]
+    pub verify: Option<Verification>,
+    /// Compare and count, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// The options of a command that compares two disks.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Transfer options")]
+pub struct CompareArgs {
+    /// How the agents reach each other: from host to host, or through this machine [default: auto]
+    #[arg(long, value_name = "auto|direct|relay")]
+    pub route: Option<RouteChoice>,
+    /// How blocks are compared [default: xxh3; blake3 also withstands an adversary]
+    #[arg(long, value_name = "xxh3|blake3")]
+    pub hash: Option<HashChoice>,
+    /// Give up after so long, such as 15m; the same command takes the run up again
+    #[arg(long, value_name = "DURATION")]
+    pub timeout: Option<TimeLimit>,
+}
+
+impl TransferArgs {
+    /// The command line, over the configuration, over the defaults. There is one method, and one
+    /// way to apply, so those two decide nothing yet.
+    pub fn resolve(&self, config: &Config) -> Options {
+        let default = Options::default();
+        Options {
+            bandwidth_limit: self
+                .bandwidth_limit
+                .or(config.bandwidth_limit)
+                .map(|rate| rate.0),
+            compression: self
+                .compress
+                .or(config.compress)
+                .map_or(default.compression, |choice| choice.0),
+            verify: self.verify.unwrap_or(default.verify),
+            ..self.compare.resolve(config)
+        }
+    }
+}
+
+impl CompareArgs {
+    /// The command line, over the configuration, over the defaults.
+    pub fn resolve(&self, config: &Config) -> Options {
+        let default = Options::default();
+        Options {
+            route: self.route.or(config.route).unwrap_or(default.route),
+            hash: self
+                .hash
+                .or(config.hash)
+                .map_or(default.hash, |choice| choice.0),
+            timeout: self.timeout.or(config.timeout).map(|limit| limit.0),
+            ..default
+        }
+    }
+}
+
+/// The two disks of a command.
+#[derive(Debug, Clone, Args)]
+pub struct DiskArgs {
+    /// Disk that is read: HOST:/absolute/path, or /absolute/path on this machine
+    #[arg(value_name = "SRC_DISK")]
+    pub source: OsString,
+    /// Disk that it is compared with
+    #[arg(value_name = "DST_DISK")]
+    pub destination: OsString,
+}
+
+impl DiskArgs {
+    /// What to do with both disks.
+    ///
+    /// # Errors
+    /// Usage, for what is not a disk.
+    pub fn request(
+        &self,
+        operation: Operation,
+        options: Options,
+        dry_run: bool,
+    ) -> Result<Request> {
+        Ok(Request {
+            operation,
+            source: parse_disk(&self.source, "SRC_DISK")?,
+            destination: parse_disk(&self.destination, "DST_DISK")?,
+            dry_run,
+            options,
+        })
+    }
+}
+
+fn parse_disk(text: &OsStr, argument: &str) -> Result<DiskSpec> {
+    DiskSpec::parse(text).map_err(|error| {
+        let hint = error.hint_text().unwrap_or_default().to_owned();
+        Error::usage(format!("{argument}: {error}")).hint(hint)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_read_as_the_manual_writes_them() {
+        assert_eq!("100M".parse(), Ok(Rate(100_000_000)));
+        assert_eq!("64KiB".parse(), Ok(Rate(65_536)));
+        assert_eq!("4096".parse(), Ok(Rate(4096)));
+        assert_eq!("1h30m".parse(), Ok(TimeLimit(Duration::from_secs(5400))));
+        assert_eq!("90s".parse(), Ok(TimeLimit(Duration::from_secs(90))));
+        assert_eq!("19".parse(), Ok(CompressChoice(Compression::Level(19))));
+        for text in ["0", "x", "-1"] {
+            assert!(text.parse::<Rate>().is_err(), "{text}");
+            assert!(text.parse::<TimeLimit>().is_err(), "{text}");
+        }
+        for text in ["0", "20", "", "zstd"] {
+            assert!(text.parse::<CompressChoice>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn methods_of_other_versions_are_named_as_such() {
+        for text in ["rsync", "libvirt", "auto"] {
+            let error = text.parse::<Method>().unwrap_err().to_string();
+            assert!(error.contains("only blocksync"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_configuration_and_that_over_the_defaults() {
+        let config = Config {
+            hash: Some(HashChoice(HashKind::Blake3)),
+            route: Some(RouteChoice::Direct),
+            ..Config::default()
+        };
+        let args = TransferArgs {
+            compare: CompareArgs {
+                route: Some(RouteChoice::Relay),
+                ..CompareArgs::default()
+            },
+            ..TransferArgs::default()
+        };
+        let options = args.resolve(&config);
+        assert_eq!(options.route, RouteChoice::Relay);
+        assert_eq!(options.hash, HashKind::Blake3);
+        assert_eq!(options.compression, Compression::Auto);
+    }
+}

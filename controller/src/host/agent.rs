@@ -1,0 +1,352 @@
+//! A control connection with an agent at its other end: preamble, hello, and then messages.
+
+use std::time::Duration;
+
+use kvm_clone_protocol::frame;
+use kvm_clone_protocol::message::{Control, Hello, Message, Welcome};
+use kvm_clone_protocol::preamble::{self, Preamble, PreambleError, SUPPORTED, Versions};
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::ChildStdin;
+
+use super::deploy::Expected;
+use super::session::{Session, SessionOutput};
+use super::{AgentPath, Host};
+use crate::agent_binary;
+use crate::error::{Error, ErrorCode, Result};
+
+/// How long an agent that was started may take to say hello: it starts in milliseconds.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a connection that was closed may take to end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A control connection to an agent, which ends with it.
+#[derive(Debug)]
+pub struct AgentConnection {
+    sender: AgentSender,
+    receiver: AgentReceiver,
+    about: About,
+}
+
+/// What is known about the agent.
+#[derive(Debug)]
+struct About {
+    host: Host,
+    path: AgentPath,
+    welcome: Welcome,
+    version: u16,
+    versions: Versions,
+    copied: bool,
+    warnings: Vec<String>,
+}
+
+/// The writing half.
+#[derive(Debug)]
+pub struct AgentSender {
+    host: Host,
+    stdin: ChildStdin,
+}
+
+/// The reading half; it owns the process.
+#[derive(Debug)]
+pub struct AgentReceiver {
+    host: Host,
+    output: SessionOutput,
+}
+
+/// Why no agent came of a session: whose fault it is.
+pub(super) enum StartFailure {
+    /// The host, or the way to it.
+    Host(Error),
+    /// The file that was started: another copy may help.
+    Agent(Error),
+}
+
+impl StartFailure {
+    pub(super) fn into_error(self) -> Error {
+        match self {
+            Self::Host(error) | Self::Agent(error) => error,
+        }
+    }
+}
+
+impl AgentConnection {
+    /// Speaks with the agent that a session has started.
+    pub(super) async fn establish(
+        session: Session,
+        path: AgentPath,
+        expected: Expected,
+        copied: bool,
+    ) -> Result<Self, StartFailure> {
+        match tokio::time::timeout(
+            HELLO_TIMEOUT,
+            Self::shake_hands(session, path.clone(), expected, copied),
+        )
+        .await
+        {
+            Ok(result) => result,
+            Err(_) => Err(StartFailure::Agent(Error::new(
+                ErrorCode::Protocol,
+                format!(
+                    "the agent {} says nothing for {} s",
+                    path.display(),
+                    HELLO_TIMEOUT.as_secs()
+                ),
+            ))),
+        }
+    }
+
+    async fn shake_hands(
+        mut session: Session,
+        path: AgentPath,
+        expected: Expected,
+        copied: bool,
+    ) -> Result<Self, StartFailure> {
+        let preamble = Preamble::of_this_build(SUPPORTED).encode();
+        // A failure to write shows in what is read.
+        let _ = session.stdin.write_all(&preamble).await;
+        let theirs = read_preamble(&mut session).await?;
+        let host = session.host.clone();
+        let version = SUPPORTED.negotiate(theirs.versions).map_err(|error| {
+            StartFailure::Agent(
+                Error::new(
+                    ErrorCode::Protocol,
+                    format!("the agent on {host} does not speak with this program"),
+                )
+                .caused_by(error)
+                .hint("use the same release of kvm-clone-ctl and of the agent"),
+            )
+        })?;
+        let warnings = noise_warning(&session);
+        let mut sender = AgentSender {
+            host: host.clone(),
+            stdin: session.stdin,
+        };
+        let mut receiver = AgentReceiver {
+            host: host.clone(),
+            output: session.output,
+        };
+        let hello = Hello {
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            version,
+        };
+        sender.send(&hello).await.map_err(StartFailure::Agent)?;
+        let welcome = receiver.welcome().await.map_err(StartFailure::Agent)?;
+        if expected == Expected::Ours && welcome.agent_digest != agent_binary::digest() {
+            return Err(StartFailure::Agent(Error::new(
+                ErrorCode::Protocol,
+                format!(
+                    "the agent {} on {host} is not the one that this program carries",
+                    path.display()
+                ),
+            )));
+        }
+        let about = About {
+            host,
+            path,
+            welcome,
+            version,
+            versions: theirs.versions,
+            copied,
+            warnings,
+        };
+        Ok(Self {
+            sender,
+            receiver,
+            about,
+        })
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// Interrupted, when the connection is gone.
+    pub async fn send<M: Message>(&mut self, message: &M) -> Result<()> {
+        self.sender.send(message).await
+    }
+
+    /// Waits for a message; as [`AgentReceiver::next`].
+    ///
+    /// # Errors
+    /// As [`AgentReceiver::next`].
+    pub async fn next(&mut self) -> Result<Control> {
+        self.receiver.next().await
+    }
+
+    /// Both halves at once, for a loop that sends while it waits.
+    pub fn halves(&mut self) -> (&mut AgentSender, &mut AgentReceiver) {
+        (&mut self.sender, &mut self.receiver)
+    }
+
+    /// What the agent said about itself.
+    pub fn welcome(&self) -> &Welcome {
+        &self.about.welcome
+    }
+
+    /// The protocol version of this connection.
+    pub fn version(&self) -> u16 {
+        self.about.version
+    }
+
+    /// All versions that the agent speaks.
+    pub fn versions(&self) -> Versions {
+        self.about.versions
+    }
+
+    /// The agent's file on the host.
+    pub fn agent_path(&self) -> &AgentPath {
+        &self.about.path
+    }
+
+    /// Whether the agent had to be sent; otherwise it was found.
+    pub fn was_copied(&self) -> bool {
+        self.about.copied
+    }
+
+    /// The host at the other end.
+    pub fn host(&self) -> &Host {
+        &self.about.host
+    }
+
+    /// What the user ought to know about the host.
+    pub fn warnings(&self) -> &[String] {
+        &self.about.warnings
+    }
+
+    /// Closes the connection, which ends the agent, and waits a while for it.
+    pub async fn close(self) {
+        let Self {
+            sender,
+            mut receiver,
+            about,
+        } = self;
+        drop(sender);
+        let child = &mut receiver.output.child;
+        if tokio::time::timeout(CLOSE_TIMEOUT, child.wait())
+            .await
+            .is_err()
+        {
+            tracing::debug!(host = %about.host, "the control connection does not end; killing it");
+            let _ = child.kill().await;
+        }
+    }
+}
+
+impl AgentSender {
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// Interrupted, when the connection is gone; protocol, for a message that fits no frame.
+    pub async fn send<M: Message>(&mut self, message: &M) -> Result<()> {
+        let frame = message.frame()?.encode();
+        tracing::trace!(host = %self.host, kind = ?M::KIND, "sent");
+        let sent = async {
+            self.stdin.write_all(&frame).await?;
+            self.stdin.flush().await
+        };
+        sent.await
+            .map_err(|error| lost(&self.host).caused_by(error))
+    }
+}
+
+impl AgentReceiver {
+    /// Waits for a message. Safe to cancel: a frame is taken only when it is complete.
+    ///
+    /// # Errors
+    /// Interrupted when the connection ends, with what ssh said about it; protocol for anything
+    /// that is not a message of a control connection.
+    pub async fn next(&mut self) -> Result<Control> {
+        loop {
+            if let Some(frame) = frame::decode(&mut self.output.buffer)? {
+                tracing::trace!(host = %self.host, kind = ?frame.kind, "received");
+                return Ok(Control::read(&frame)?);
+            }
+            if !self.output.fill().await? {
+                return Err(self.ended().await);
+            }
+        }
+    }
+
+    async fn welcome(&mut self) -> Result<Welcome> {
+        match self.next().await? {
+            Control::Welcome(welcome) => Ok(welcome),
+            Control::Failed(failed) => Err(failed.into()),
+            other => Err(Error::new(
+                ErrorCode::Protocol,
+                format!("the agent on {} answers hello with {other:?}", self.host),
+            )),
+        }
+    }
+
+    async fn ended(&mut self) -> Error {
+        let (status, stderr) = self.output.ended().await;
+        let error = lost(&self.host);
+        let how = status.map(|status| status.to_string());
+        match (stderr.trim(), how) {
+            ("", None) => error,
+            ("", Some(how)) => error.caused_by(how),
+            (said, None) => error.caused_by(said.to_owned()),
+            (said, Some(how)) => error.caused_by(format!("{said} ({how})")),
+        }
+    }
+
+    /// The end of what came on the connection's standard error.
+    pub fn stderr(&self) -> String {
+        self.output.stderr()
+    }
+}
+
+fn lost(host: &Host) -> Error {
+    Error::new(
+        ErrorCode::Interrupted,
+        format!("the connection to {host} is lost"),
+    )
+    .hint("the same command takes the run up again")
+}
+
+async fn read_preamble(session: &mut Session) -> Result<Preamble, StartFailure> {
+    loop {
+        match preamble::find(&mut session.output.buffer) {
+            Ok(Some((preamble, noise))) => {
+                session.noise.extend_from_slice(noise.trim_ascii());
+                return Ok(preamble);
+            }
+            Ok(None) => {}
+            Err(
+                error @ (PreambleError::NotFound { .. }
+                | PreambleError::BadRange { .. }
+                | PreambleError::NoCommonVersion { .. }),
+            ) => {
+                let text = format!("what starts as the agent on {} is none", session.host);
+                return Err(StartFailure::Agent(
+                    Error::new(ErrorCode::Protocol, text).caused_by(error),
+                ));
+            }
+        }
+        if !session.output.fill().await.map_err(StartFailure::Host)? {
+            let error = session.no_agent().await;
+            let by_ssh = matches!(
+                error.code(),
+                ErrorCode::HostUnreachable | ErrorCode::HostKey | ErrorCode::Auth
+            );
+            return Err(if by_ssh {
+                StartFailure::Host(error)
+            } else {
+                StartFailure::Agent(error)
+            });
+        }
+    }
+}
+
+/// A shell that prints something by itself costs nothing here, but breaks other tools.
+fn noise_warning(session: &Session) -> Vec<String> {
+    if session.noise.is_empty() {
+        return Vec::new();
+    }
+    let start = &session.noise[..session.noise.len().min(64)];
+    vec![format!(
+        "the login shell on {} prints something by itself (\"{}\"): scp and rsync fail on that",
+        session.host,
+        start.escape_ascii()
+    )]
+}

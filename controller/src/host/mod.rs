@@ -1,0 +1,351 @@
+//! Hosts: the only part of this program that starts processes. A host is reached through the
+//! system's ssh, or is this machine; what runs there is the same shell text either way.
+//!
+//! ```text
+//!  Host ─ start_agent ─ ssh (control connection, is itself the ControlMaster) ─ agent serve
+//!    ├── run / attach ─ ssh (a further channel of it) ─ script / agent attach
+//!    └── dial_command ─ what the other host runs to come here directly
+//! ```
+
+mod agent;
+mod deploy;
+mod dial;
+mod facts;
+mod install;
+mod quote;
+mod script;
+mod session;
+mod ssh;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+use tokio::sync::OnceCell;
+
+pub use agent::{AgentConnection, AgentReceiver, AgentSender};
+pub use deploy::Removed;
+pub use facts::Facts;
+pub use install::DEFAULT_INSTALL_PATH;
+pub use ssh::{Resolved, SshOptions};
+
+use crate::endpoint::{HostSpec, SshTarget};
+use crate::error::{Error, ErrorCode, Result};
+use ssh::{ControlSocket, Sharing};
+
+/// How much of a command's standard error is kept.
+const MAX_STDERR: u64 = 8 * 1024;
+
+/// The exit status with which ssh reports its own failures.
+const SSH_FAILED: i32 = 255;
+
+/// One host of this run. Clones are the same host.
+#[derive(Debug, Clone)]
+pub struct Host {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    spec: HostSpec,
+    options: Arc<SshOptions>,
+    resolved: OnceCell<Resolved>,
+    /// Where the control connection listens, once there is one.
+    socket: Mutex<Option<Arc<ControlSocket>>>,
+}
+
+/// An agent on a host, and how it is run there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentPath {
+    /// Absolute.
+    pub path: Vec<u8>,
+    /// Through `sudo -n`.
+    pub sudo: bool,
+}
+
+impl AgentPath {
+    /// The path for people.
+    pub fn display(&self) -> String {
+        String::from_utf8_lossy(&self.path).into_owned()
+    }
+
+    /// The words of `attach NAME`. The path is absolute and the name is letters and digits, so
+    /// none of them can be taken for an option.
+    fn attach_words<'a>(&'a self, name: &'a str) -> Result<Vec<&'a [u8]>> {
+        if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(Error::new(
+                ErrorCode::Protocol,
+                format!(
+                    "the agent names a data connection \"{}\"",
+                    name.escape_debug()
+                ),
+            ));
+        }
+        let mut words: Vec<&[u8]> = if self.sudo {
+            vec![b"sudo", b"-n"]
+        } else {
+            Vec::new()
+        };
+        words.extend([&self.path[..], b"attach", name.as_bytes()]);
+        Ok(words)
+    }
+}
+
+/// What a command on a host left.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it wrote, up to the limit that was given.
+    pub stdout: Vec<u8>,
+    /// The start of what it complained about.
+    pub stderr: String,
+}
+
+impl Host {
+    /// A host, not yet spoken to.
+    pub fn new(spec: HostSpec, options: Arc<SshOptions>) -> Self {
+        let inner = Inner {
+            spec,
+            options,
+            resolved: OnceCell::new(),
+            socket: Mutex::new(None),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// The host as the user named it.
+    pub fn spec(&self) -> &HostSpec {
+        &self.inner.spec
+    }
+
+    /// Whether it is this machine, without ssh.
+    pub fn is_local(&self) -> bool {
+        self.inner.spec == HostSpec::Local
+    }
+
+    /// The options that it is reached with.
+    pub fn options(&self) -> &SshOptions {
+        &self.inner.options
+    }
+
+    /// What ssh makes of its name; asked once. `None` for this machine.
+    ///
+    /// # Errors
+    /// When ssh is missing or refuses its configuration.
+    pub async fn resolved(&self) -> Result<Option<&Resolved>> {
+        let HostSpec::Ssh(target) = &self.inner.spec else {
+            return Ok(None);
+        };
+        let resolve = || self.inner.options.resolve(target);
+        self.inner.resolved.get_or_try_init(resolve).await.map(Some)
+    }
+
+    /// A command that runs `script` in a POSIX shell on the host: over the control connection
+    /// where there is one, else over a connection of its own.
+    ///
+    /// # Errors
+    /// As [`Host::resolved`].
+    pub async fn command(&self, script: &str) -> Result<Command> {
+        let socket = self.socket();
+        let sharing = socket
+            .as_deref()
+            .map_or(Sharing::Alone, |socket| Sharing::Channel(socket.path()));
+        Ok(ssh::shielded(&self.script_argv(script, sharing).await?))
+    }
+
+    /// The command that becomes the control connection, and where it will listen.
+    async fn control_command(&self, script: &str) -> Result<Command> {
+        if self.is_local() {
+            return self.command(script).await;
+        }
+        let socket = ControlSocket::new()?;
+        let argv = self
+            .script_argv(script, Sharing::Master(socket.path()))
+            .await?;
+        *self
+            .inner
+            .socket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(socket));
+        Ok(ssh::shielded(&argv))
+    }
+
+    fn socket(&self) -> Option<Arc<ControlSocket>> {
+        self.inner
+            .socket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    async fn script_argv(&self, script: &str, sharing: Sharing<'_>) -> Result<Vec<OsString>> {
+        let HostSpec::Ssh(target) = &self.inner.spec else {
+            return Ok(["sh", "-c", script].map(OsString::from).to_vec());
+        };
+        let mut argv = self.ssh_argv(target, sharing).await?;
+        // The login shell may be any; it only has to find sh.
+        let mut remote = OsString::from("exec ");
+        remote.push(quote::command([&b"sh"[..], b"-c", script.as_bytes()])?);
+        argv.push(remote);
+        Ok(argv)
+    }
+
+    async fn ssh_argv(&self, target: &SshTarget, sharing: Sharing<'_>) -> Result<Vec<OsString>> {
+        let resolved = self
+            .resolved()
+            .await?
+            .expect("only this machine is not resolved");
+        Ok(self.inner.options.argv(target, resolved, sharing))
+    }
+
+    /// Program and arguments of a data connection to the agent on this host, to be started on
+    /// this machine: its standard input and output are those of `attach`.
+    ///
+    /// # Errors
+    /// For a name that is not letters and digits, and as [`Host::resolved`].
+    pub async fn attach_argv(&self, agent: &AgentPath, name: &str) -> Result<Vec<OsString>> {
+        let words = agent.attach_words(name)?;
+        let HostSpec::Ssh(target) = &self.inner.spec else {
+            return Ok(words
+                .into_iter()
+                .map(|word| OsString::from_vec(word.to_vec()))
+                .collect());
+        };
+        let socket = self.socket();
+        let sharing = socket
+            .as_deref()
+            .map_or(Sharing::Alone, |socket| Sharing::Channel(socket.path()));
+        let mut argv = self.ssh_argv(target, sharing).await?;
+        let mut remote = OsString::from("exec ");
+        remote.push(quote::command(words)?);
+        argv.push(remote);
+        Ok(argv)
+    }
+
+    /// [`Host::attach_argv`] as a command with pipes for standard input, output and error.
+    ///
+    /// # Errors
+    /// As [`Host::attach_argv`].
+    pub async fn attach_command(&self, agent: &AgentPath, name: &str) -> Result<Command> {
+        let mut command = ssh::shielded(&self.attach_argv(agent, name).await?);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    /// Runs `script` with `input` as its standard input and waits for its end. Of its output at
+    /// most `limit` bytes are kept.
+    ///
+    /// # Errors
+    /// When the host cannot be reached; a script that fails is not an error here.
+    pub async fn run(&self, script: &str, input: &[u8], limit: usize) -> Result<Output> {
+        let mut command = self.command(script).await?;
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(ssh::cannot_run_ssh)?;
+        let (mut stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let feed = async move {
+            if let Some(stdin) = &mut stdin {
+                // A script that ends before it has read everything says why in its output.
+                let _ = stdin.write_all(input).await;
+                let _ = stdin.shutdown().await;
+            }
+        };
+        let ((), stdout, stderr) = tokio::join!(
+            feed,
+            drain(stdout, u64::try_from(limit).unwrap_or(u64::MAX)),
+            drain(stderr, MAX_STDERR)
+        );
+        let status = child
+            .wait()
+            .await
+            .map_err(|error| Error::io("waiting for a command", error))?;
+        let output = Output {
+            status,
+            stdout,
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        };
+        match &self.inner.spec {
+            HostSpec::Ssh(_) if status.code() == Some(SSH_FAILED) => {
+                Err(self.classify(&output.stderr))
+            }
+            _ => Ok(output),
+        }
+    }
+
+    /// Removes files, which need not exist.
+    ///
+    /// # Errors
+    /// As [`Host::run`], and for a path that cannot be quoted.
+    pub async fn remove_files(&self, paths: &[&Path]) -> Result<Output> {
+        let words = [&b"rm"[..], b"-f", b"--"].into_iter();
+        let paths = paths.iter().map(|path| path.as_os_str().as_bytes());
+        let script = quote::command(words.chain(paths))?
+            .into_string()
+            .map_err(|script| Error::usage(format!("not UTF-8: {}", script.to_string_lossy())))?;
+        self.run(&script, &[], 0).await
+    }
+
+    /// What a failure of ssh itself means.
+    fn classify(&self, stderr: &str) -> Error {
+        match &self.inner.spec {
+            HostSpec::Ssh(target) => ssh::classify(&self.inner.spec, target, stderr),
+            HostSpec::Local => Error::new(ErrorCode::Internal, "a command on this machine failed")
+                .caused_by(stderr.trim().to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.inner.spec.fmt(f)
+    }
+}
+
+/// Reads to the end and keeps the first `limit` bytes: a command that is not read blocks.
+async fn drain(pipe: Option<impl tokio::io::AsyncRead + Unpin>, limit: u64) -> Vec<u8> {
+    let mut kept = Vec::new();
+    if let Some(mut pipe) = pipe {
+        let _ = (&mut pipe).take(limit).read_to_end(&mut kept).await;
+        let _ = tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await;
+    }
+    kept
+}
+
+/// Where `marker` stands in `bytes`.
+fn find(bytes: &[u8], marker: &[u8]) -> Option<usize> {
+    bytes
+        .windows(marker.len())
+        .position(|window| window == marker)
+}
+
+/// What follows `marker` up to the end of its line; `None` until the line is complete.
+fn line_after<'a>(bytes: &'a [u8], marker: &[u8]) -> Option<&'a [u8]> {
+    let rest = &bytes[find(bytes, marker)? + marker.len()..];
+    Some(&rest[..find(rest, b"\n")?])
+}
+
+/// What follows every `marker`, for people.
+fn lines_after(bytes: &[u8], marker: &[u8]) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut rest = bytes;
+    while let Some(at) = find(rest, marker) {
+        rest = &rest[at + marker.len()..];
+        let end = find(rest, b"\n").unwrap_or(rest.len());
+        lines.push(ssh::lossy(OsStr::from_bytes(&rest[..end])));
+        rest = &rest[end..];
+    }
+    lines
+}

@@ -1,0 +1,338 @@
+//! The shell text that runs on a host, all of it.
+//!
+//! A login shell may be anything, so every script goes to `sh -c` as one word. It is written for
+//! dash and busybox, needs only `cat chmod mv mkdir uname ls rm id wc`, and holds no newline,
+//! single quote, backslash, `!` or `^`, which csh would read in its own way even between quotes.
+//! Values get in through `quote`, or are numbers and names of our own making.
+//!
+//! A script speaks in lines that start with `kvm-clone-`; whatever a login shell printed before
+//! them is noise. Ahead of the first such line goes an empty one, because noise need not end with
+//! a newline.
+
+use crate::error::Result;
+use crate::host::quote;
+
+/// Ahead of a line that names the agent that is started next.
+pub(super) const AT: &[u8] = b"\nkvm-clone-at ";
+/// Ahead of the machine's name, when there is no agent yet.
+pub(super) const NEED: &[u8] = b"\nkvm-clone-need ";
+/// Ahead of the reason why an agent is not run.
+pub(super) const REFUSED: &[u8] = b"\nkvm-clone-refused ";
+/// Ahead of a candidate directory and why it does not do.
+pub(super) const TRIED: &[u8] = b"\nkvm-clone-tried ";
+/// Ahead of the number of the candidate and the path that is being written.
+pub(super) const TEMPORARY: &[u8] = b"\nkvm-clone-tmp ";
+/// After it come the bytes that were written.
+pub(super) const BACK: &[u8] = b"\nkvm-clone-back\n";
+/// All went well.
+pub(super) const DONE: &[u8] = b"\nkvm-clone-done";
+/// Ahead of a key and a value for `doctor`.
+pub(super) const FACT: &[u8] = b"\nkvm-clone-fact ";
+/// Ahead of a file that was removed.
+pub(super) const REMOVED: &[u8] = b"\nkvm-clone-removed ";
+/// Ahead of a file that could not be removed.
+pub(super) const KEPT: &[u8] = b"\nkvm-clone-kept ";
+
+/// Candidates for the cache directory, in the order in which they are tried.
+pub(super) const CANDIDATES: usize = 4;
+
+/// What several scripts share.
+///
+/// `private_dir` and `private_file` hold for what only this user can have made: the file type,
+/// owner and mode from `ls -ldn` (an appended `+` or `.` may follow the mode; with no bits for the
+/// group, entries of an access list have no effect). The two directories under shared parents
+/// must themselves be private, or their owner could exchange what is in them.
+const PRELUDE: &str = r#"
+    set -f; umask 077; LC_ALL=C; export LC_ALL; u=$(id -u);
+    say() { printf "%s" "$1"; echo; };
+    private_dir() {
+        [ -h "$1" ] && return 1;
+        set -- "$1" $(ls -ldn "$1" 2>/dev/null);
+        [ "$4" = "$u" ] || return 1;
+        case $2 in drwx------*) return 0 ;; esac;
+        return 1;
+    };
+    private_file() {
+        [ -h "$1" ] && return 1;
+        set -- "$1" $(ls -ldn "$1" 2>/dev/null);
+        [ "$4" = "$u" ] && [ "$6" = "$s" ] || return 1;
+        case $2 in -rwx------*) return 0 ;; esac;
+        return 1;
+    };
+    candidate() {
+        case $1 in
+            1) c=${XDG_CACHE_HOME:-} ;;
+            2) c=${HOME:+$HOME/.cache} ;;
+            3) c=/var/tmp/kvm-clone-$u ;;
+            4) c=/dev/shm/kvm-clone-$u ;;
+        esac;
+        case $c in *[[:cntrl:]]*) return 1 ;; /*) return 0 ;; esac;
+        return 1;
+    };
+    safe() {
+        case $1 in /var/tmp/kvm-clone-*|/dev/shm/kvm-clone-*) private_dir "$1" ;; esac;
+    };
+"#;
+
+/// `usable`: makes the directory for the agent under `$c` and proves that a file in it can be
+/// executed; else says why not. Leaves the file `$t`.
+const USABLE: &str = r#"
+    why() { say "kvm-clone-tried $c: $1"; return 1; };
+    usable() {
+        d=$c/kvm-clone; t=$d/$x;
+        [ -d "$c" ] || mkdir -p "$c" 2>/dev/null || [ -d "$c" ] || why "cannot be made" || return 1;
+        safe "$c" || why "is not a private directory of this user" || return 1;
+        [ -d "$d" ] || mkdir "$d" 2>/dev/null || [ -d "$d" ] || why "cannot be written" || return 1;
+        [ -h "$d" ] || chmod 0700 "$d" 2>/dev/null;
+        private_dir "$d" || why "has a kvm-clone in it that is not a private directory of this user" || return 1;
+        ( echo "exit 0" >"$t" ) 2>/dev/null || { rm -f "$t"; why "cannot be written"; return 1; };
+        chmod 0700 "$t";
+        ( "$t" ) </dev/null >/dev/null 2>&1 || { rm -f "$t"; why "is mounted noexec"; return 1; };
+    };
+"#;
+
+/// `bad`, and `only_root`, which lets a path pass that nobody but root can have a say in.
+const ROOT_PRELUDE: &str = r#"
+    bad() { echo; say "kvm-clone-refused $1"; exit 77; };
+    only_root() {
+        p=$1;
+        while :; do
+            [ -h "$p" ] && bad "$p is a symbolic link";
+            set -- $(ls -ldn "$p" 2>/dev/null);
+            [ -n "$1" ] || bad "$p does not exist";
+            [ "$3" = 0 ] || bad "$p does not belong to root";
+            case $1 in ?????w*|????????w*) bad "$p can be written by others than root" ;; esac;
+            [ "$p" = / ] && break;
+            p=${p%/*}; [ -n "$p" ] || p=/;
+        done;
+    };
+"#;
+
+/// Starts the agent `name` of `size` bytes where it is found; else says `NEED`, and starts what
+/// it is told on its standard input. Without `search` it does not look.
+pub(super) fn start(name: &str, size: usize, search: bool) -> String {
+    let candidates = if search { "1 2 3 4" } else { "" };
+    one_line(&format!(
+        r#"{PRELUDE} n={name}; s={size};
+        for k in {candidates}; do
+            candidate $k || continue;
+            f=$c/kvm-clone/$n;
+            if safe "$c" && private_dir "$c/kvm-clone" && private_file "$f"; then
+                echo; say "kvm-clone-at direct $f"; exec "$f" serve;
+            fi;
+        done;
+        echo; echo "kvm-clone-need $(uname -m)";
+        IFS= read -r f && exec "$f" serve"#
+    ))
+}
+
+/// Starts the agent at `path` as the user that is logged in.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn start_given(path: &[u8]) -> Result<String> {
+    Ok(one_line(&format!(
+        r#"{PRELUDE} {ROOT_PRELUDE} f={path};
+        [ -f "$f" ] || bad "$f is not there";
+        [ -x "$f" ] || bad "$f cannot be executed by this user";
+        echo; say "kvm-clone-at direct $f"; exec "$f" serve"#,
+        path = word(path)?
+    )))
+}
+
+/// Starts the agent at `path` as root, if nobody else can have put it there.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn start_as_root(path: &[u8]) -> Result<String> {
+    Ok(one_line(&format!(
+        r#"{PRELUDE} {ROOT_PRELUDE} f={path};
+        [ -f "$f" ] || bad "$f is not there";
+        only_root "$f";
+        if [ "$u" = 0 ]; then echo; say "kvm-clone-at direct $f"; exec "$f" serve; fi;
+        echo; say "kvm-clone-at sudo $f"; exec sudo -n "$f" serve"#,
+        path = word(path)?
+    )))
+}
+
+/// Writes standard input to the temporary name `temporary` in the first candidate directory, from
+/// number `from` on, in which a file can be executed, and gives it back on standard output.
+pub(super) fn upload(temporary: &str, size: usize, from: usize) -> String {
+    one_line(&format!(
+        r#"{PRELUDE} x={temporary}; s={size}; k={from};
+        {USABLE}
+        echo;
+        while [ $k -le {CANDIDATES} ]; do
+            if candidate $k && usable; then
+                say "kvm-clone-tmp $k $t";
+                cat >"$t" && [ $(wc -c <"$t") -eq $s ] || {{ rm -f "$t"; why "has no room"; exit 75; }};
+                echo kvm-clone-back; cat "$t" || rm -f "$t";
+                exit 0;
+            fi;
+            k=$((k + 1));
+        done;
+        exit 73"#
+    ))
+}
+
+/// Says what `doctor` asks for: lines of `FACT`, a key and a value. Takes nothing for granted that
+/// the agent does not need.
+///
+/// # Errors
+/// For a value that cannot be quoted.
+pub(super) fn facts(temporary: &str, libvirt: &str, root_agent: Option<&[u8]>) -> Result<String> {
+    let sudo = match root_agent {
+        None => String::new(),
+        Some(path) => format!(
+            r#"f={};
+            r=$( [ -f "$f" ] || bad "$f is not there"; only_root "$f" );
+            if [ -n "$r" ]; then fact sudo "$r";
+            else
+                if [ "$u" = 0 ]; then r=$("$f" --version 2>&1); else r=$(sudo -n "$f" --version 2>&1); fi;
+                fact sudo "kvm-clone-$? $(echo $r)";
+            fi;"#,
+            word(path)?
+        ),
+    };
+    Ok(one_line(&format!(
+        r#"{PRELUDE} {USABLE} {ROOT_PRELUDE} x={temporary};
+        fact() {{ say "kvm-clone-fact $1 $2"; }};
+        echo;
+        fact machine "$(uname -m)"; fact time "$(date +%s 2>/dev/null)"; fact user "$(id -un) $u";
+        for p in rsync scp virsh; do fact "$p" "$(command -v $p 2>/dev/null)"; done;
+        r=$(command -v virsh >/dev/null 2>&1 && virsh -q -c {libvirt} version 2>&1 </dev/null);
+        fact libvirt "$? $(echo $r)";
+        k=1; d=;
+        while [ $k -le {CANDIDATES} ]; do
+            if candidate $k && usable; then rm -f "$t"; fact cache "$d"; break; fi;
+            k=$((k + 1));
+        done;
+        p=/var/lib/libvirt/images; [ -d "$p" ] || p=/;
+        r=$(df -Pk "$p" 2>/dev/null | {{ read -r h; read -r l; echo "$l"; }});
+        set -- $r; fact free "${{4:-}} $p";
+        {sudo}
+        fact end """#,
+        libvirt = word(libvirt.as_bytes())?
+    )))
+}
+
+/// Makes the uploaded file the agent.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn place(temporary: &[u8], path: &[u8]) -> Result<String> {
+    Ok(one_line(&format!(
+        r#"t={}; f={}; chmod 0700 "$t" && mv -f "$t" "$f" && echo && echo kvm-clone-done"#,
+        word(temporary)?,
+        word(path)?
+    )))
+}
+
+/// Removes an upload that did not arrive as it was sent.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn discard(temporary: &[u8]) -> Result<String> {
+    Ok(format!("rm -f {}", word(temporary)?))
+}
+
+/// Removes every agent of ours, and what broken uploads left.
+pub(super) fn remove() -> String {
+    one_line(&format!(
+        r#"{PRELUDE}
+        echo;
+        for k in 1 2 3 4; do
+            candidate $k || continue;
+            d=$c/kvm-clone;
+            safe "$c" && private_dir "$d" || continue;
+            set +f;
+            for f in "$d"/agent-* "$d"/.agent.*; do
+                [ -f "$f" ] || [ -h "$f" ] || continue;
+                if rm -f "$f"; then say "kvm-clone-removed $f"; else say "kvm-clone-kept $f"; fi;
+            done;
+            set -f;
+            rmdir "$d" 2>/dev/null;
+            case $k in 3|4) rmdir "$c" 2>/dev/null ;; esac;
+        done;
+        echo kvm-clone-done"#
+    ))
+}
+
+/// Writes standard input beside `path`, which only root may have a say in, and gives it back.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn install_upload(path: &[u8], temporary: &[u8], size: usize) -> Result<String> {
+    as_root(&one_line(&format!(
+        r#"{PRELUDE} {ROOT_PRELUDE} f={path}; t={temporary}; s={size};
+        d=${{f%/*}}; umask 022;
+        [ -z "$d" ] || mkdir -p "$d" || bad "$d cannot be made";
+        only_root "${{d:-/}}";
+        cat >"$t" && [ $(wc -c <"$t") -eq $s ] || {{ rm -f "$t"; bad "$d cannot be written, or has no room"; }};
+        echo; echo kvm-clone-back; cat "$t" || rm -f "$t""#,
+        path = word(path)?,
+        temporary = word(temporary)?
+    )))
+}
+
+/// Gives the installed agent its name.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn install_place(path: &[u8], temporary: &[u8]) -> Result<String> {
+    as_root(&one_line(&format!(
+        r#"f={}; t={}; chmod 0755 "$t" && mv -f "$t" "$f" && echo && echo kvm-clone-done"#,
+        word(path)?,
+        word(temporary)?
+    )))
+}
+
+/// Runs a script as root: as it is where the login is root, else through `sudo -n`.
+fn as_root(script: &str) -> Result<String> {
+    let script = word(script.as_bytes())?;
+    Ok(format!(
+        r#"if [ "$(id -u)" = 0 ]; then exec sh -c {script}; else exec sudo -n sh -c {script}; fi"#
+    ))
+}
+
+/// A quoted word as text. A path that is not UTF-8 has no place in a script of ours: it would
+/// have to survive every login shell on the way.
+fn word(bytes: &[u8]) -> Result<String> {
+    String::from_utf8(quote::word(bytes)?).map_err(|_| {
+        crate::error::Error::usage(format!(
+            "the path \"{}\" of the agent is not UTF-8",
+            bytes.escape_ascii()
+        ))
+    })
+}
+
+/// Scripts are written over several lines and sent in one.
+fn one_line(script: &str) -> String {
+    script
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_script_holds_what_csh_would_read_in_its_own_way() {
+        let scripts = [
+            start("agent-1", 1, true),
+            start_given(b"/opt/agent").unwrap(),
+            start_as_root(b"/opt/agent").unwrap(),
+            upload(".agent.1", 1, 1),
+            place(b"/a/.agent.1", b"/a/agent-1").unwrap(),
+            remove(),
+            facts(".agent.1", "qemu:///system", Some(b"/opt/agent")).unwrap(),
+        ];
+        for script in scripts {
+            assert!(!script.contains(['\'', '\n', '\\', '!', '^']), "{script}");
+        }
+    }
+}

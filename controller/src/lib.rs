@@ -1,0 +1,14 @@
+//! The controller of kvm-clone-ctl, as a library for its program and its tests.
+
+#![forbid(unsafe_code)]
+
+pub mod agent_binary;
+pub mod cli;
+pub mod config;
+pub mod endpoint;
+pub mod error;
+pub mod host;
+mod logging;
+pub mod output;
+pub mod progress;
+pub mod transfer;

@@ -1,0 +1,198 @@
+//! What goes to standard output and to standard error. Results are data and go to the first;
+//! everything else goes to the second. A reader that went away is no failure.
+
+use std::io::Write as _;
+
+use bytesize::ByteSize;
+use comfy_table::Table;
+use serde::Serialize;
+
+use crate::cli::options::OutputFormat;
+use crate::error::{Error, ErrorCode, Result};
+use crate::transfer::TransferResult;
+
+/// Writes to standard output. A closed pipe ends the output and nothing else.
+///
+/// # Errors
+/// When standard output cannot be written: a full disk behind a redirection.
+pub fn to_stdout(bytes: impl AsRef<[u8]>) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(bytes.as_ref())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("writing to standard output", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes to standard error; there is nobody to tell if that fails.
+pub fn to_stderr(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Prints a result in the form that the user chose; `text` is only asked for where it is needed.
+///
+/// # Errors
+/// As [`to_stdout`].
+pub fn print(
+    result: &impl Serialize,
+    format: OutputFormat,
+    text: impl FnOnce() -> String,
+) -> Result<()> {
+    let internal = |error: &dyn std::fmt::Display| {
+        Error::new(ErrorCode::Internal, "the result cannot be printed").caused_by(error.to_string())
+    };
+    to_stdout(match format {
+        OutputFormat::Text => text(),
+        OutputFormat::Json => {
+            serde_json::to_string_pretty(result).map_err(|error| internal(&error))? + "\n"
+        }
+        OutputFormat::Yaml => serde_saphyr::to_string(result).map_err(|error| internal(&error))?,
+    })
+}
+
+/// A table without lines, which is easy to cut apart as well.
+pub fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(header);
+    table
+}
+
+/// The rows of a table, without the blanks at the ends of its lines.
+pub fn table_text(table: &Table) -> String {
+    table
+        .lines()
+        .fold(String::new(), |text, line| text + line.trim_end() + "\n")
+}
+
+/// A transfer for people.
+pub fn transfer_text(result: &TransferResult) -> String {
+    let size = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), iec);
+    let count =
+        |blocks: Option<u64>| blocks.map_or_else(|| "unknown".to_owned(), |n| n.to_string());
+    let (source, destination) = (printable(&result.source), printable(&result.destination));
+    let mut rows = vec![
+        ("disk", format!("{source} -> {destination}")),
+        (
+            "size",
+            format!(
+                "{}, {} of it data",
+                size(result.bytes_total),
+                size(result.bytes_data)
+            ),
+        ),
+        (
+            "read",
+            format!(
+                "{} at the source, {} at the destination",
+                size(result.bytes_read_source),
+                size(result.bytes_read_destination)
+            ),
+        ),
+        (
+            "on the wire",
+            format!("{}{}", size(result.bytes_wire), route(result)),
+        ),
+        (
+            "blocks",
+            format!(
+                "{} changed, {} zeroed, {} unchanged",
+                count(result.blocks_changed),
+                count(result.blocks_zeroed),
+                count(result.blocks_unchanged)
+            ),
+        ),
+        ("time", time(result)),
+        ("verified", result.verified.to_owned()),
+    ];
+    if result.operation != "disk-sync" || result.dry_run {
+        rows.retain(|(name, _)| *name != "verified");
+        rows.push(("would ship", size(result.bytes_changed)));
+    }
+    if let Some(offset) = result.first_difference {
+        rows.push(("first difference", format!("at byte {offset}")));
+    }
+    let width = rows
+        .iter()
+        .map(|(name, _)| name.len())
+        .max()
+        .unwrap_or_default();
+    rows.into_iter()
+        .fold(headline(result), |text, (name, value)| {
+            text + &format!("  {name:width$}  {value}\n")
+        })
+}
+
+fn headline(result: &TransferResult) -> String {
+    let outcome = match (result.operation, result.success, result.dry_run) {
+        (_, false, _) => "failed",
+        ("disk-verify", ..) => "equal",
+        ("disk-diff", ..) => "compared; nothing was written",
+        (_, _, true) => "dry run; nothing was written",
+        _ if result.resumed => "done; an interrupted run was taken up",
+        _ => "done",
+    };
+    format!("{}: {outcome}\n", result.operation)
+}
+
+fn route(result: &TransferResult) -> String {
+    match &result.route {
+        Some(route) => format!(
+            ", {} by route {}",
+            result.method,
+            format!("{route:?}").to_lowercase()
+        ),
+        None => String::new(),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people to read")]
+fn time(result: &TransferResult) -> String {
+    let seconds = result.duration_seconds;
+    match result.bytes_read_source {
+        Some(bytes) if seconds > 0.0 => {
+            let rate = bytes as f64 / seconds / f64::from(1 << 20);
+            format!("{seconds:.1} s, {rate:.0} MiB/s of the source")
+        }
+        _ => format!("{seconds:.1} s"),
+    }
+}
+
+/// A size for people.
+pub fn iec(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
+}
+
+/// A name that may hold anything, on one line of a terminal.
+fn printable(name: &str) -> String {
+    name.chars()
+        .map(|c| {
+            if c.is_control() {
+                c.escape_default().to_string()
+            } else {
+                c.to_string()
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_write_to_the_terminal() {
+        assert_eq!(printable("hv:/a\u{1b}[2J\nü"), "hv:/a\\u{1b}[2J\\nü");
+    }
+
+    #[test]
+    fn tables_are_plain() {
+        let mut table = table(&["HOST", "STATE"]);
+        table.add_row(["hv1", "ok"]);
+        assert_eq!(table_text(&table), " HOST  STATE\n hv1   ok\n");
+    }
+}

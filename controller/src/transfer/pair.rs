@@ -1,0 +1,150 @@
+//! The two agents of a transfer, and what they say.
+
+use std::time::Duration;
+
+use kvm_clone_protocol::message::{Abort, Control, Failed, FailureCode, Message};
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::{AgentConnection, Host};
+
+/// Which of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Source,
+    Destination,
+}
+
+/// When one side lost the other, the other has this long to say why.
+const BLAME_TIME: Duration = Duration::from_secs(3);
+
+/// Control connections to both hosts.
+#[derive(Debug)]
+pub(super) struct Pair {
+    pub(super) source: AgentConnection,
+    pub(super) destination: AgentConnection,
+}
+
+impl Pair {
+    /// Opens both connections side by side.
+    ///
+    /// # Errors
+    /// As [`Host::start_agent`]; the source's failure where both fail.
+    pub(super) async fn connect(source: &Host, destination: &Host) -> Result<Self> {
+        let (source, destination) = tokio::join!(source.start_agent(), destination.start_agent());
+        match (source, destination) {
+            (Ok(source), Ok(destination)) => Ok(Self {
+                source,
+                destination,
+            }),
+            (Err(error), Ok(other)) | (Ok(other), Err(error)) => {
+                other.close().await;
+                Err(error)
+            }
+            (Err(error), Err(_)) => Err(error),
+        }
+    }
+
+    pub(super) fn side(&mut self, side: Side) -> &mut AgentConnection {
+        match side {
+            Side::Source => &mut self.source,
+            Side::Destination => &mut self.destination,
+        }
+    }
+
+    /// Asks one side, and waits for its answer.
+    ///
+    /// # Errors
+    /// The failure that it answers with, or its connection's.
+    pub(super) async fn ask<M: Message>(&mut self, side: Side, request: &M) -> Result<Control> {
+        let agent = self.side(side);
+        agent.send(request).await?;
+        match agent.next().await? {
+            Control::Failed(failed) => Err(on(agent, failed)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// The next thing that either side says.
+    ///
+    /// # Errors
+    /// A failure that one reports. If that is only that it lost the other, and the other has a
+    /// reason, that reason.
+    pub(super) async fn next(&mut self) -> Result<(Side, Control)> {
+        let (side, said) = tokio::select! {
+            said = self.source.next() => (Side::Source, said),
+            said = self.destination.next() => (Side::Destination, said),
+        };
+        match said {
+            Ok(Control::Failed(failed)) => {
+                let lost_other = failed.code == FailureCode::LinkLost;
+                let error = on(self.side(side), failed);
+                Err(if lost_other {
+                    self.blame(side, error).await
+                } else {
+                    error
+                })
+            }
+            Ok(said) => Ok((side, said)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// `side` lost the other: what the other says about it, or else the symptom.
+    async fn blame(&mut self, side: Side, symptom: Error) -> Error {
+        let other = match side {
+            Side::Source => &mut self.destination,
+            Side::Destination => &mut self.source,
+        };
+        let reason = async {
+            loop {
+                match other.next().await {
+                    Ok(Control::Failed(failed)) if failed.code == FailureCode::LinkLost => {}
+                    Ok(Control::Failed(failed)) => return on(other, failed),
+                    Ok(_) => {}
+                    Err(error) => return error,
+                }
+            }
+        };
+        tokio::time::timeout(BLAME_TIME, reason)
+            .await
+            .unwrap_or(symptom)
+    }
+
+    /// Tells both to stop, as far as they can still be told, and closes the connections.
+    pub(super) async fn abort(mut self, reason: &str) {
+        let abort = Abort {
+            reason: reason.to_owned(),
+        };
+        let tell = async {
+            let _ = tokio::join!(self.source.send(&abort), self.destination.send(&abort));
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(1), tell).await;
+        self.close().await;
+    }
+
+    pub(super) async fn close(self) {
+        tokio::join!(self.source.close(), self.destination.close());
+    }
+}
+
+/// A failure with the host that reported it.
+fn on(agent: &AgentConnection, failed: Failed) -> Error {
+    let error = Error::from(failed);
+    let code = error.code();
+    let error = Error::new(code, format!("{}: {error}", agent.host()));
+    match code {
+        ErrorCode::Interrupted => error.hint("the same command takes the run up again"),
+        ErrorCode::NoSpace => {
+            error.hint("make room on the destination, and run the same command again")
+        }
+        _ => error,
+    }
+}
+
+/// An answer that is none to what was asked.
+pub(super) fn unexpected(asked: &str, answer: &Control) -> Error {
+    Error::new(
+        ErrorCode::Protocol,
+        format!("an agent answers {asked} with {answer:?}"),
+    )
+}

@@ -1,0 +1,193 @@
+//! Route `relay`: this program moves the data frames between the two agents, and nothing else.
+//!
+//! A frame that is no data frame is dropped: a compromised source cannot open or commit anything
+//! on the destination through here.
+
+use std::process::Stdio;
+
+use bytes::{Bytes, BytesMut};
+use kvm_clone_protocol::frame;
+use kvm_clone_protocol::message::Listening;
+use kvm_clone_protocol::preamble::{self, PREAMBLE_LEN, Preamble};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::task::JoinHandle;
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::AgentConnection;
+
+/// How much is read at once.
+const READ_SIZE: usize = 256 * 1024;
+
+/// Two data connections joined to one.
+#[derive(Debug)]
+pub(super) struct Relay {
+    pumps: [JoinHandle<Result<()>>; 2],
+    _children: [Child; 2],
+}
+
+impl Relay {
+    /// Attaches to both agents and starts to move frames.
+    ///
+    /// # Errors
+    /// When one of the data connections cannot be made.
+    pub(super) async fn start(
+        source: (&AgentConnection, &Listening),
+        destination: (&AgentConnection, &Listening),
+    ) -> Result<Self> {
+        let (mut one, mut other) = tokio::try_join!(
+            End::attach(source.0, source.1),
+            End::attach(destination.0, destination.1)
+        )?;
+        // Each waits for the other's preamble before it says anything else.
+        let (ours, theirs) = tokio::try_join!(one.preamble(), other.preamble())?;
+        one.write(&theirs.encode()).await?;
+        other.write(&ours.encode()).await?;
+        let pumps = [
+            tokio::spawn(pump(one.name.clone(), one.stdout, one.buffer, other.stdin)),
+            tokio::spawn(pump(other.name, other.stdout, other.buffer, one.stdin)),
+        ];
+        Ok(Self {
+            pumps,
+            _children: [one.child, other.child],
+        })
+    }
+
+    /// Why the relay broke, if it did: called when a session has lost its data connection.
+    pub(super) async fn failure(&mut self) -> Option<Error> {
+        for pump in &mut self.pumps {
+            if pump.is_finished()
+                && let Ok(Err(error)) = pump.await
+            {
+                return Some(error);
+            }
+        }
+        None
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        for pump in &self.pumps {
+            pump.abort();
+        }
+    }
+}
+
+/// One agent's data connection.
+struct End {
+    name: String,
+    child: Child,
+    stdin: ChildStdin,
+    stdout: ChildStdout,
+    buffer: BytesMut,
+}
+
+impl End {
+    async fn attach(agent: &AgentConnection, listening: &Listening) -> Result<Self> {
+        let name = agent.host().to_string();
+        let mut command = agent
+            .host()
+            .attach_command(agent.agent_path(), &listening.name)
+            .await?;
+        let failed = |error| Error::io(format!("opening a data connection to {name}"), error);
+        let mut child = command.stderr(Stdio::null()).spawn().map_err(failed)?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Error::new(
+                ErrorCode::Internal,
+                "a data connection without pipes",
+            ));
+        };
+        let mut end = Self {
+            name,
+            child,
+            stdin,
+            stdout,
+            buffer: BytesMut::new(),
+        };
+        end.write(super::route::token_line(&listening.token).as_bytes())
+            .await?;
+        Ok(end)
+    }
+
+    async fn preamble(&mut self) -> Result<Preamble> {
+        loop {
+            let found = preamble::find(&mut self.buffer).map_err(|error| {
+                Error::new(
+                    ErrorCode::Protocol,
+                    format!("no data connection to {}", self.name),
+                )
+                .caused_by(error)
+            })?;
+            if let Some((preamble, _noise)) = found {
+                return Ok(preamble);
+            }
+            let read = self.stdout.read_buf(&mut self.buffer).await;
+            if read.map_err(|error| broken(&self.name).caused_by(error))? == 0 {
+                return Err(broken(&self.name));
+            }
+        }
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        debug_assert!(
+            bytes.len() <= PREAMBLE_LEN.max(33),
+            "only openings are written here"
+        );
+        let written = async {
+            self.stdin.write_all(bytes).await?;
+            self.stdin.flush().await
+        };
+        written
+            .await
+            .map_err(|error| broken(&self.name).caused_by(error))
+    }
+}
+
+/// Moves data frames in one direction, a frame at a time, so that a slow end slows the other.
+async fn pump(
+    from: String,
+    mut stdout: ChildStdout,
+    mut buffer: BytesMut,
+    mut stdin: ChildStdin,
+) -> Result<()> {
+    loop {
+        while let Some(frame) = frame::decode(&mut buffer)
+            .map_err(|error| Error::from(error).context(format!("the agent on {from}")))?
+        {
+            if !frame.kind.is_data() {
+                tracing::warn!(%from, kind = ?frame.kind, "dropped a frame that is no data");
+                continue;
+            }
+            let mut head = BytesMut::new();
+            frame.encode_head(&mut head);
+            write_pair(&mut stdin, head.freeze(), frame.payload)
+                .await
+                .map_err(|error| broken(&from).caused_by(error))?;
+        }
+        if buffer.capacity() - buffer.len() < READ_SIZE / 4 {
+            buffer.reserve(READ_SIZE);
+        }
+        match stdout.read_buf(&mut buffer).await {
+            // The other end sees the end of the stream when its input is dropped here.
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) => return Err(broken(&from).caused_by(error)),
+        }
+    }
+}
+
+async fn write_pair(stdin: &mut ChildStdin, head: Bytes, payload: Bytes) -> std::io::Result<()> {
+    use bytes::Buf as _;
+
+    stdin.write_all_buf(&mut head.chain(payload)).await?;
+    stdin.flush().await
+}
+
+fn broken(name: &str) -> Error {
+    Error::new(
+        ErrorCode::Interrupted,
+        format!("the data connection to {name} broke"),
+    )
+    .hint("the same command takes the run up again")
+}

@@ -1,0 +1,97 @@
+//! What a transfer is asked to do.
+
+use std::time::Duration;
+
+use kvm_clone_protocol::digest::HashKind;
+use kvm_clone_protocol::message::Compression;
+
+use crate::endpoint::DiskSpec;
+
+/// What is done with the two disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// Make the destination hold what the source holds.
+    Sync,
+    /// Say how much that would ship.
+    Diff,
+    /// Say whether they are equal.
+    Verify,
+}
+
+impl Operation {
+    /// The name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sync => "disk-sync",
+            Self::Diff => "disk-diff",
+            Self::Verify => "disk-verify",
+        }
+    }
+}
+
+/// How frames travel between two hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RouteChoice {
+    /// Direct where that works, else relay.
+    #[default]
+    Auto,
+    /// From host to host.
+    Direct,
+    /// Through this machine.
+    Relay,
+}
+
+/// How the destination's contents are checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verification {
+    /// The result makes no claim.
+    None,
+    /// Both ends must agree on the digest of what was shipped and what was left.
+    #[default]
+    Streamed,
+}
+
+/// One disk, from where to where, and how.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// What to do.
+    pub operation: Operation,
+    /// Where from.
+    pub source: DiskSpec,
+    /// Where to.
+    pub destination: DiskSpec,
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// How.
+    pub options: Options,
+}
+
+/// How a disk is transferred.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How frames travel.
+    pub route: RouteChoice,
+    /// Whether blocks are compressed.
+    pub compression: Compression,
+    /// How blocks are digested.
+    pub hash: HashKind,
+    /// What the result claims.
+    pub verify: Verification,
+    /// Bytes a second; `None` for no limit.
+    pub bandwidth_limit: Option<u64>,
+    /// For the whole run.
+    pub timeout: Option<Duration>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            route: RouteChoice::Auto,
+            compression: Compression::Auto,
+            hash: HashKind::Xxh3,
+            verify: Verification::Streamed,
+            bandwidth_limit: None,
+            timeout: None,
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The result of a transfer: the one object that scripts read.
+
+use kvm_clone_protocol::message::Counters;
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::request::Request;
+use crate::error::Error;
+
+/// How frames travelled between the agents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Route {
+    /// Both agents on this machine, or on one host.
+    Local,
+    /// From host to host.
+    Direct,
+    /// Through the controller.
+    Relay,
+}
+
+/// What a transfer did. A figure that is not known is `None`, never invented.
+#[derive(Debug, Serialize)]
+pub struct TransferResult {
+    /// `disk-sync`, `disk-diff` or `disk-verify`.
+    pub operation: &'static str,
+    /// Names this run in logs.
+    pub operation_id: Uuid,
+    /// Whether it did what was asked.
+    pub success: bool,
+    /// `blocksync`.
+    pub method: &'static str,
+    /// Known once the agents are connected.
+    pub route: Option<Route>,
+    /// As given.
+    pub source: String,
+    /// As given.
+    pub destination: String,
+    /// Virtual size of the source.
+    pub bytes_total: Option<u64>,
+    /// Bytes of the source that are not holes.
+    pub bytes_data: Option<u64>,
+    /// Bytes read from the source.
+    pub bytes_read_source: Option<u64>,
+    /// Bytes read from the destination.
+    pub bytes_read_destination: Option<u64>,
+    /// Bytes of the blocks that differed.
+    pub bytes_changed: Option<u64>,
+    /// Bytes carried between the agents, both directions, framing and digests included.
+    pub bytes_wire: Option<u64>,
+    /// Blocks of the source.
+    pub blocks_total: Option<u64>,
+    /// Blocks whose data was shipped, or would be.
+    pub blocks_changed: Option<u64>,
+    /// Blocks that became zero at the destination, or would.
+    pub blocks_zeroed: Option<u64>,
+    /// Blocks that were equal.
+    pub blocks_unchanged: Option<u64>,
+    /// How changes reached the destination.
+    pub apply: &'static str,
+    /// An interrupted run was taken up.
+    pub resumed: bool,
+    /// What is claimed of the destination's contents.
+    pub verified: &'static str,
+    /// From the start of the run to its end.
+    pub duration_seconds: f64,
+    /// What the user ought to know.
+    pub warnings: Vec<String>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<Error>,
+    /// Nothing was written: the figures say what would have been.
+    pub dry_run: bool,
+    /// Byte of the first block that differs, where the two were only compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_difference: Option<u64>,
+    /// Version of the protocol between the agents.
+    pub protocol_version: Option<u16>,
+}
+
+impl TransferResult {
+    /// Nothing known yet.
+    pub(super) fn new(request: &Request) -> Self {
+        Self {
+            operation: request.operation.name(),
+            operation_id: Uuid::new_v4(),
+            success: false,
+            method: "blocksync",
+            route: None,
+            source: request.source.to_string(),
+            destination: request.destination.to_string(),
+            bytes_total: None,
+            bytes_data: None,
+            bytes_read_source: None,
+            bytes_read_destination: None,
+            bytes_changed: None,
+            bytes_wire: None,
+            blocks_total: None,
+            blocks_changed: None,
+            blocks_zeroed: None,
+            blocks_unchanged: None,
+            apply: "inplace",
+            resumed: false,
+            verified: "none",
+            duration_seconds: 0.0,
+            warnings: Vec::new(),
+            error: None,
+            dry_run: request.dry_run,
+            first_difference: None,
+            protocol_version: None,
+        }
+    }
+
+    /// Takes over what the sender counted.
+    pub(super) fn count_sender(&mut self, counters: &Counters) {
+        self.bytes_data = Some(counters.bytes_data);
+        self.bytes_read_source = Some(counters.bytes_read);
+        self.bytes_changed = Some(counters.bytes_changed);
+        self.bytes_wire = Some(counters.bytes_wire);
+        self.blocks_changed = Some(counters.blocks_changed);
+        self.blocks_zeroed = Some(counters.blocks_zeroed);
+        self.blocks_unchanged = counters
+            .blocks_settled
+            .checked_sub(counters.blocks_changed + counters.blocks_zeroed);
+    }
+
+    /// Takes over what the receiver counted.
+    pub(super) fn count_receiver(&mut self, counters: &Counters) {
+        self.bytes_read_destination = Some(counters.bytes_read);
+    }
+}

@@ -1,0 +1,159 @@
+//! How the two agents are connected.
+//!
+//! ```text
+//!  local    one host: the sender runs `attach` itself
+//!  direct   the sender runs `ssh DESTINATION … attach`; or, where the destination is this machine,
+//!           the receiver runs `ssh SOURCE … attach`
+//!  relay    both listen; the controller attaches to both and moves the frames
+//! ```
+
+use std::os::unix::ffi::OsStringExt;
+
+use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Token};
+
+use super::pair::{Pair, Side, unexpected};
+use super::relay::Relay;
+use super::request::RouteChoice;
+use super::result::Route;
+use crate::error::{Error, ErrorCode, Result};
+
+/// The agents' data connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) route: Route,
+    /// The number of the link, the same on both sides.
+    pub(super) link: u32,
+    pub(super) relay: Option<Relay>,
+}
+
+/// Connects the agents.
+///
+/// # Errors
+/// When the chosen route cannot be had.
+pub(super) async fn connect(pair: &mut Pair, choice: RouteChoice) -> Result<Connection> {
+    let is_local = |side: &crate::host::AgentConnection| side.host().is_local();
+    let one_host = pair.source.host().spec() == pair.destination.host().spec();
+    match choice {
+        RouteChoice::Relay => relay(pair, 0).await,
+        _ if one_host => {
+            let listening = listen(pair, Side::Destination, 0).await?;
+            dial(pair, Side::Source, Vec::new(), Vec::new(), &listening).await?;
+            Ok(Connection {
+                route: Route::Local,
+                link: 0,
+                relay: None,
+            })
+        }
+        RouteChoice::Direct => direct(pair).await,
+        RouteChoice::Auto if is_local(&pair.source) || is_local(&pair.destination) => {
+            direct(pair).await
+        }
+        RouteChoice::Auto => match direct(pair).await {
+            Err(error) if is_about_the_way(&error) => {
+                tracing::info!("no direct route: {}", error.one_line());
+                relay(pair, 1).await
+            }
+            result => result,
+        },
+    }
+}
+
+/// Whether another route may help.
+fn is_about_the_way(error: &Error) -> bool {
+    use ErrorCode::{Auth, HostKey, HostUnreachable, Interrupted, MissingRequirement};
+
+    matches!(
+        error.code(),
+        Auth | HostKey | HostUnreachable | Interrupted | MissingRequirement
+    )
+}
+
+async fn direct(pair: &mut Pair) -> Result<Connection> {
+    let (listener, dialer) = if pair.destination.host().is_local() {
+        (Side::Source, Side::Destination)
+    } else {
+        (Side::Destination, Side::Source)
+    };
+    let dialer_is_local = pair.side(dialer).host().is_local();
+    let listening = listen(pair, listener, 0).await?;
+    let (host, path) = {
+        let agent = pair.side(listener);
+        (agent.host().clone(), agent.agent_path().clone())
+    };
+    let (command, known_hosts) = if dialer_is_local {
+        // This machine reaches the host already: one more channel of that connection.
+        let argv = host.attach_argv(&path, &listening.name).await?;
+        (
+            argv.into_iter().map(OsStringExt::into_vec).collect(),
+            Vec::new(),
+        )
+    } else {
+        host.dial_command(&path, &listening.name).await?
+    };
+    let from = pair.side(dialer).host().to_string();
+    dial(pair, dialer, command, known_hosts, &listening)
+        .await
+        .map_err(|error| {
+            if error.code() != ErrorCode::Interrupted {
+                return error;
+            }
+            Error::new(
+                ErrorCode::HostUnreachable,
+                format!("{from} does not reach {host} directly"),
+            )
+            .caused_by(error.one_line())
+            .hint(
+                "let it log in there (--forward-agent, or a key of its own), or use --route relay",
+            )
+        })?;
+    Ok(Connection {
+        route: Route::Direct,
+        link: 0,
+        relay: None,
+    })
+}
+
+async fn relay(pair: &mut Pair, link: u32) -> Result<Connection> {
+    let source = listen(pair, Side::Source, link).await?;
+    let destination = listen(pair, Side::Destination, link).await?;
+    let relay = Relay::start((&pair.source, &source), (&pair.destination, &destination)).await?;
+    Ok(Connection {
+        route: Route::Relay,
+        link,
+        relay: Some(relay),
+    })
+}
+
+async fn listen(pair: &mut Pair, side: Side, link: u32) -> Result<Listening> {
+    match pair.ask(side, &Listen { link }).await? {
+        Control::Listening(listening) => Ok(listening),
+        answer => Err(unexpected("listen", &answer)),
+    }
+}
+
+async fn dial(
+    pair: &mut Pair,
+    side: Side,
+    command: Vec<Vec<u8>>,
+    known_hosts: Vec<u8>,
+    listening: &Listening,
+) -> Result<()> {
+    let dial = Dial {
+        link: listening.link,
+        command,
+        known_hosts,
+        token: listening.token,
+        name: listening.name.clone(),
+    };
+    match pair.ask(side, &dial).await? {
+        Control::Dialed(_) => Ok(()),
+        answer => Err(unexpected("dial", &answer)),
+    }
+}
+
+/// The token as `attach` reads it.
+pub(super) fn token_line(token: &Token) -> String {
+    let mut line: String = token.0.iter().map(|byte| format!("{byte:02x}")).collect();
+    line.push('\n');
+    line
+}

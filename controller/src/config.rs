@@ -308,7 +308,7 @@ impl ConfigFile {
         // A symbolic link, such as those of dotfile collections, stays one.
         let path = std::fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
         let failed = |error| Error::io(format!("cannot write {}", path.display()), error);
-        let directory = path.parent().unwrap_or(Path::new("."));
+        let directory = path.parent().unwrap_or_else(|| Path::new("."));
         let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;
         file.write_all(text.as_bytes()).map_err(failed)?;
         if let Ok(old) = std::fs::metadata(&path) {

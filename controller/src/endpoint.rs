@@ -80,6 +80,8 @@ fn check_name(name: &str) -> Result<(), &'static str> {
         Err("a part of it is empty")
     } else if name.starts_with('-') {
         Err("a part of it starts with a dash")
+    } else if name.contains(['[', ']']) {
+        Err("its brackets do not enclose an address")
     } else if name.chars().any(|c| c.is_control() || c.is_whitespace()) {
         Err("it holds a space or a control character")
     } else {

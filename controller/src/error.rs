@@ -11,8 +11,7 @@ use kvm_clone_protocol::message::{Failed, FailureCode, MessageError};
 use serde::ser::{Serialize, SerializeStruct as _, Serializer};
 
 /// What scripts can tell failures apart by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
     /// A disk could not be read or written, or a local file.
     Io,
@@ -51,6 +50,29 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// The code as scripts see it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::Partial => "partial",
+            Self::Internal => "internal",
+            Self::Usage => "usage",
+            Self::HostUnreachable => "host_unreachable",
+            Self::HostKey => "host_key",
+            Self::Auth => "auth",
+            Self::NotFound => "not_found",
+            Self::Refused => "refused",
+            Self::Busy => "busy",
+            Self::Interrupted => "interrupted",
+            Self::Timeout => "timeout",
+            Self::Mismatch => "mismatch",
+            Self::MissingRequirement => "missing_requirement",
+            Self::NoSpace => "no_space",
+            Self::Protocol => "protocol",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
     /// The exit status of a run that ended with this code.
     pub fn exit_code(self) -> u8 {
         match self {
@@ -65,6 +87,12 @@ impl ErrorCode {
             Self::Protocol => 9,
             Self::Cancelled => 130,
         }
+    }
+}
+
+impl Serialize for ErrorCode {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
     }
 }
 
@@ -128,10 +156,10 @@ impl Error {
         self
     }
 
-    /// Adds the cause underneath.
+    /// Adds the cause underneath. A program that failed without a word is no cause.
     #[must_use]
     pub fn caused_by(mut self, cause: impl Into<Cause>) -> Self {
-        self.cause = Some(cause.into());
+        self.cause = Some(cause.into()).filter(|cause| !cause.to_string().is_empty());
         self
     }
 

@@ -45,6 +45,14 @@ pub(super) enum Command {
     },
 }
 
+/// What scripts get.
+#[derive(Debug, Serialize)]
+struct Report<T> {
+    operation: &'static str,
+    success: bool,
+    hosts: Vec<Answer<T>>,
+}
+
 /// One host, of several in an answer.
 #[derive(Debug, Serialize)]
 struct Answer<T> {
@@ -96,6 +104,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Deploy { hosts } => {
             report(
                 app,
+                "agent-deploy",
                 hosts,
                 |host| async move { Ok(about(host.start_agent().await?).await) },
                 agents_text,
@@ -109,11 +118,12 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
                     None => Ok(absent()),
                 }
             };
-            report(app, hosts, status, agents_text).await
+            report(app, "agent-status", hosts, status, agents_text).await
         }
         Command::Remove { hosts } => {
             report(
                 app,
+                "agent-remove",
                 hosts,
                 |host| async move { host.remove_agents().await },
                 removed_text,
@@ -164,6 +174,7 @@ fn absent() -> Agent {
 /// Does `work` on every host, prints what came of it, and ends with the failures.
 async fn report<T, F>(
     app: &App,
+    operation: &'static str,
     specs: Vec<HostSpec>,
     work: impl Fn(Host) -> F,
     text: impl FnOnce(&[Answer<T>]) -> String,
@@ -193,7 +204,12 @@ where
             }
         }
     }
-    output::print(&answers, app.format(), || text(&answers))?;
+    let report = Report {
+        operation,
+        success: errors.is_empty(),
+        hosts: answers,
+    };
+    output::print(&report, app.format(), || text(&report.hosts))?;
     combined(errors, n_hosts)
 }
 
@@ -211,7 +227,7 @@ fn agents_text(answers: &[Answer<Agent>]) -> String {
         let Some(agent) = answer else {
             let code = error
                 .as_ref()
-                .map(|error| format!("{:?}", error.code))
+                .map(|error| error.code.name().to_owned())
                 .unwrap_or_default();
             table.add_row([host, "failed", &code, "-", "-", "-", "-"]);
             continue;

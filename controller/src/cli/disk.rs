@@ -21,7 +21,6 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct Sync {
-    /// Disk that is read: HOST:/absolute/path, or /absolute/path on this machine
     #[command(flatten)]
     disks: DiskArgs,
     #[command(flatten)]

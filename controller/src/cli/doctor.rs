@@ -225,7 +225,7 @@ fn cache(facts: &Facts) -> Check {
         Some(directory) => Check::warning(
             "cache directory",
             format!("{directory} ({tried})"),
-            "the agent goes into the next best place, which may be emptied at a reboot",
+            "the agent goes there; nothing need be done unless that place is emptied now and then",
         ),
         None => Check::failure(
             "cache directory",

@@ -321,7 +321,7 @@ pub struct DiskArgs {
     /// Disk that is read: HOST:/absolute/path, or /absolute/path on this machine
     #[arg(value_name = "SRC_DISK")]
     pub source: OsString,
-    /// Disk that it is compared with
+    /// Disk that is made equal to it, or compared with it, written alike
     #[arg(value_name = "DST_DISK")]
     pub destination: OsString,
 }

@@ -374,11 +374,11 @@ mod tests {
         type Spoil = fn(&User);
         let spoils: [(&str, Spoil); 6] = [
             ("size", |user| {
-                std::fs::write(user.agent(), b"#!/bin/sh\n").unwrap()
+                std::fs::write(user.agent(), b"#!/bin/sh\n").unwrap();
             }),
             ("mode", |user| set_mode(&user.agent(), 0o755)),
             ("directory's mode", |user| {
-                set_mode(user.agent().parent().unwrap(), 0o770)
+                set_mode(user.agent().parent().unwrap(), 0o770);
             }),
             ("link", |user| {
                 let moved = user.cache().join("elsewhere");

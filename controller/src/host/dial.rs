@@ -71,10 +71,10 @@ impl Host {
     /// host will look for.
     async fn known_hosts(&self, resolved: &Resolved) -> Result<Vec<u8>> {
         let filed = resolved.known_hosts_name();
-        let lookup = resolved.host_key_alias.as_deref().unwrap_or(&filed);
+        let lookup = resolved.filed_under();
         let mut lines = Vec::new();
         for file in &resolved.known_hosts {
-            lines.extend(rename(&look_up(lookup, file).await?, &filed));
+            lines.extend(rename(&look_up(&lookup, file).await?, &filed));
         }
         if lines.is_empty() {
             let HostSpec::Ssh(target) = self.spec() else {

@@ -301,7 +301,7 @@ impl Host {
     /// What a failure of ssh itself means.
     fn classify(&self, stderr: &str) -> Error {
         match &self.inner.spec {
-            HostSpec::Ssh(target) => ssh::classify(&self.inner.spec, target, stderr),
+            HostSpec::Ssh(target) => ssh::classify(target, self.inner.resolved.get(), stderr),
             HostSpec::Local => Error::new(ErrorCode::Internal, "a command on this machine failed")
                 .caused_by(stderr.trim().to_owned()),
         }

@@ -266,6 +266,7 @@ pub(super) fn install_upload(path: &[u8], temporary: &[u8], size: usize) -> Resu
     as_root(&one_line(&format!(
         r#"{PRELUDE} {ROOT_PRELUDE} f={path}; t={temporary}; s={size};
         d=${{f%/*}}; umask 022;
+        e=$d; until [ -e "${{e:-/}}" ]; do e=${{e%/*}}; done; only_root "${{e:-/}}";
         [ -z "$d" ] || mkdir -p "$d" || bad "$d cannot be made";
         only_root "${{d:-/}}";
         cat >"$t" && [ $(wc -c <"$t") -eq $s ] || {{ rm -f "$t"; bad "$d cannot be written, or has no room"; }};

@@ -58,6 +58,13 @@ pub struct Resolved {
 }
 
 impl Resolved {
+    /// The name that ssh on this machine files the key under.
+    pub fn filed_under(&self) -> String {
+        self.host_key_alias
+            .clone()
+            .unwrap_or_else(|| self.known_hosts_name())
+    }
+
     /// The name that ssh looks a key up under, without an alias.
     pub fn known_hosts_name(&self) -> String {
         if self.port == 22 {
@@ -105,7 +112,7 @@ impl SshOptions {
                 argv.push(socket.into());
             }
             Sharing::Alone => {
-                argv.extend(words(["-o", "ControlMaster=no", "-o", "ControlPath=none"]))
+                argv.extend(words(["-o", "ControlMaster=no", "-o", "ControlPath=none"]));
             }
         }
         argv.extend(self.user_options(target, self.config.as_deref()));
@@ -298,7 +305,7 @@ impl ControlSocket {
                     });
                 }
                 Err(why) => {
-                    tracing::debug!(directory = %directory.display(), why, "not used for control sockets")
+                    tracing::debug!(directory = %directory.display(), why, "not used for control sockets");
                 }
             }
         }
@@ -363,62 +370,65 @@ fn make_private(directory: &Path) -> Result<(), &'static str> {
     }
 }
 
-/// What ssh's own failure (exit status 255) means.
-pub(super) fn classify(host: &impl std::fmt::Display, target: &SshTarget, stderr: &str) -> Error {
+/// What ssh's own failure (exit status 255) means. The hints name the host as ssh knows it, which
+/// an alias hides from ssh-keygen and ssh-keyscan.
+pub(super) fn classify(target: &SshTarget, resolved: Option<&Resolved>, stderr: &str) -> Error {
     let said = |patterns: &[&str]| patterns.iter().any(|pattern| stderr.contains(pattern));
-    let port = target
+    let login = target
         .port
-        .map(|port| format!("-p {port} "))
-        .unwrap_or_default();
-    let name = &target.name;
-    let error = if said(&[
-        "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "host key for",
-        "has changed and you have requested strict",
-    ]) && said(&["CHANGED", "has changed"])
-    {
-        Error::new(ErrorCode::HostKey, format!("the key of {host} has changed")).hint(format!(
-            "if the host was installed anew, remove its old key (ssh-keygen -R '{}'), then accept \
-             the new one by logging in once: ssh {port}{name}",
-            target
-                .port
-                .map_or_else(|| name.clone(), |port| format!("[{name}]:{port}"))
+        .map_or_else(String::new, |port| format!("-p {port} "))
+        + &target.name;
+    let error = if said(&["HOST IDENTIFICATION HAS CHANGED"]) {
+        let filed = resolved.map_or_else(|| target.name.clone(), |known| known.filed_under());
+        Error::new(
+            ErrorCode::HostKey,
+            format!("the key of {target} has changed"),
+        )
+        .hint(format!(
+            "if the host was installed anew, remove its old key (ssh-keygen{} -R '{filed}'), then \
+             log in once and compare the fingerprint of the new one: ssh {login}",
+            known_hosts_option(resolved)
         ))
-    } else if said(&[
-        "Host key verification failed",
-        "host key is known for",
-        "host key mismatch",
-    ]) {
-        Error::new(ErrorCode::HostKey, format!("the key of {host} is not known")).hint(format!(
-            "log in once and compare the fingerprint that ssh shows (ssh {port}{name}), or add a key \
-             that you trust: ssh-keyscan {port}{name} >> ~/.ssh/known_hosts"
+    } else if said(&["Host key verification failed", "host key is known for"]) {
+        let scan = resolved.map_or_else(
+            || login.clone(),
+            |known| format!("-p {} {}", known.port, known.hostname),
+        );
+        Error::new(ErrorCode::HostKey, format!("the key of {target} is not known")).hint(format!(
+            "log in once and compare the fingerprint that ssh shows (ssh {login}), or add a key that \
+             you trust to your known_hosts: ssh-keyscan {scan}"
         ))
     } else if said(&[
         "Permission denied (",
         "Too many authentication failures",
         "Authentication failed",
-        "No supported authentication methods",
     ]) {
-        Error::new(ErrorCode::Auth, format!("{host} refuses the login")).hint(format!(
-            "\"ssh {port}{name} true\" must work; give a key with --ssh-key, or a user as USER@{name}"
+        Error::new(ErrorCode::Auth, format!("{target} refuses the login")).hint(format!(
+            "\"ssh {login} true\" must work; give a key with --ssh-key, or another user as USER@HOST"
         ))
     } else if said(&[
         "Bad configuration option",
         "bad configuration options",
         "Bad owner or permissions",
         "Can't open user config file",
-        "keyword",
     ]) {
-        Error::usage(format!("ssh does not accept its options for {host}"))
+        Error::usage(format!("ssh does not accept its options for {target}"))
             .hint("look at the ssh configuration, --ssh-config and --ssh-option")
     } else {
-        Error::new(ErrorCode::HostUnreachable, format!("cannot reach {host}")).hint(format!(
-            "\"ssh {port}{name} true\" must work from this machine"
-        ))
+        Error::new(ErrorCode::HostUnreachable, format!("cannot reach {target}"))
+            .hint(format!("\"ssh {login} true\" must work from this machine"))
     };
     match stderr.trim() {
         "" => error,
         said => error.caused_by(said.to_owned()),
+    }
+}
+
+/// The user's own known_hosts file, where it is not the usual one.
+fn known_hosts_option(resolved: Option<&Resolved>) -> String {
+    match resolved.and_then(|known| known.known_hosts.first()) {
+        Some(file) if !file.ends_with(".ssh/known_hosts") => format!(" -f '{}'", file.display()),
+        _ => String::new(),
     }
 }
 
@@ -542,17 +552,17 @@ mod tests {
             ("", ErrorCode::HostUnreachable, "cannot reach"),
         ];
         for (stderr, code, message) in cases {
-            let error = classify(&"hv1", &target(), stderr);
+            let error = classify(&target(), None, stderr);
             assert_eq!(error.code(), code, "{stderr}");
             assert!(error.to_string().contains(message), "{error}");
             assert!(error.hint_text().is_some());
         }
-        let changed = classify(&"hv1", &target(), cases[0].0);
+        let changed = classify(&target(), Some(&resolved()), cases[0].0);
         assert!(
             changed
                 .hint_text()
                 .unwrap()
-                .contains("ssh-keygen -R '[hv1]:2222'")
+                .contains("ssh-keygen -f '/kh' -R '[10.0.0.1]:2222'")
         );
     }
 

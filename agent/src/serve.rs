@@ -285,6 +285,12 @@ impl Server {
         {
             slot.disk = Some(Arc::new(stage.open()?));
         }
+        if params.ship
+            && start.role == Role::Receiver
+            && let Some(disk) = &slot.disk
+        {
+            disk.grow(geometry)?;
+        }
         let machine: Box<dyn Machine> = match start.role {
             Role::Sender => Box::new(Sender::new(params, geometry)),
             Role::Receiver => Box::new(Receiver::new(params, geometry)),

@@ -49,12 +49,7 @@ impl Session {
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            while let Some((ticket, op)) = self.machine.poll_disk() {
-                self.submit(pool, &compressor, &done_to, ticket, op);
-            }
-            while let Some(frame) = self.machine.poll_transmit() {
-                link.writer.push(&frame);
-            }
+            self.turn(&mut link, pool, &compressor, &done_to);
             compressor.set_wire_bound(self.machine.is_wire_bound());
             if let Some(outcome) = self.machine.outcome()
                 && link.writer.is_empty()
@@ -87,6 +82,25 @@ impl Session {
                     }
                 }
                 _ = ticks.tick() => report(with_preambles(self.machine.counters())),
+            }
+        }
+    }
+
+    /// Does all that the machine wants now. What it sends may make room for operations.
+    fn turn(
+        &mut self,
+        link: &mut Link,
+        pool: &Pool,
+        compressor: &Arc<Compressor>,
+        done: &mpsc::UnboundedSender<Done>,
+    ) {
+        loop {
+            while let Some((ticket, op)) = self.machine.poll_disk() {
+                self.submit(pool, compressor, done, ticket, op);
+            }
+            match self.machine.poll_transmit() {
+                Some(frame) => link.writer.push(&frame),
+                None => return,
             }
         }
     }

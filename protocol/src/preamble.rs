@@ -81,7 +81,7 @@ pub struct Preamble {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum PreambleError {
     /// No preamble came within [`MAX_NOISE`] bytes.
-    #[error("expected the agent's preamble, got {} (the remote shell printed something, and no agent followed)", quote(.start))]
+    #[error("expected the agent's preamble, got {}", describe(.start))]
     NotFound {
         /// The first bytes that came instead.
         start: Bytes,
@@ -172,12 +172,12 @@ pub fn not_found(input: &[u8]) -> PreambleError {
     }
 }
 
-fn quote(bytes: &Bytes) -> String {
+fn describe(bytes: &Bytes) -> String {
     if bytes.is_empty() {
-        "nothing".to_owned()
-    } else {
-        format!("\"{}\"", bytes.escape_ascii())
+        return "nothing".to_owned();
     }
+    let start = bytes.escape_ascii();
+    format!("\"{start}\" (the remote shell printed something, and no agent followed)")
 }
 
 #[cfg(test)]

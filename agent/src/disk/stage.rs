@@ -95,7 +95,7 @@ impl Stage {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&self.temporary)
-            .map_err(|error| Failure::io("creating", &self.temporary, &error))?;
+            .map_err(|error| self.create_failed(&error))?;
         let disk = Disk {
             file,
             path: self.path.clone(),
@@ -142,6 +142,15 @@ impl Stage {
         }
     }
 
+    fn create_failed(&self, error: &io::Error) -> Failure {
+        let failure = Failure::io("creating", &self.path, error);
+        let temporary = self.temporary.display();
+        Failure {
+            message: format!("{} (as {temporary})", failure.message),
+            ..failure
+        }
+    }
+
     fn name_failed(&self, error: &io::Error) -> Failure {
         if error.kind() == io::ErrorKind::AlreadyExists {
             let message = format!(
@@ -155,6 +164,17 @@ impl Stage {
 }
 
 impl Disk {
+    /// Makes a file long enough before anything is written to it: a file that grows write by
+    /// write is given space ahead by xfs, which stays in its holes.
+    pub(crate) fn grow(&self, geometry: Geometry) -> Result<(), Failure> {
+        if self.is_device || self.size()? >= geometry.size() {
+            return Ok(());
+        }
+        self.file
+            .set_len(geometry.size())
+            .map_err(|error| self.failed("extending", &error))
+    }
+
     /// Gives a destination its final length, makes everything durable, and lets go of the page
     /// cache that a new file filled.
     pub(crate) fn prepare(&self, geometry: Geometry) -> Result<(), Failure> {

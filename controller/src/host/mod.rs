@@ -298,6 +298,11 @@ impl Host {
         self.run(&script, &[], 0).await
     }
 
+    /// What it means that ssh, run by another host to come here, ended with `said`.
+    pub fn explain(&self, said: &str) -> Error {
+        self.classify(said)
+    }
+
     /// What a failure of ssh itself means.
     fn classify(&self, stderr: &str) -> Error {
         match &self.inner.spec {

@@ -131,11 +131,11 @@ struct Disks {
 /// Opens both disks, and refuses what cannot end well before anything is changed.
 async fn open(pair: &mut Pair, request: &Request, result: &mut TransferResult) -> Result<Disks> {
     let writes = request.operation == Operation::Sync;
-    let access = match (writes, request.dry_run) {
-        (true, false) => Access::Destination,
-        // A dry run looks at a destination as a run would, and tells of one that is not there.
-        (true, true) => Access::Destination,
-        (false, _) => Access::Compare,
+    // A dry run looks at a destination as a run would, and tells of one that is not there.
+    let access = if writes {
+        Access::Destination
+    } else {
+        Access::Compare
     };
     let source = open_one(pair, Side::Source, &request.source, Access::Source).await?;
     let destination = open_one(pair, Side::Destination, &request.destination, access).await?;
@@ -244,7 +244,6 @@ impl Session<'_> {
             };
             match pair.ask(side, &start).await? {
                 Control::Started(_) => {}
-                // The other half may begin to count before this half has begun.
                 answer => return Err(unexpected("start", &answer)),
             }
         }
@@ -288,16 +287,13 @@ impl Session<'_> {
                 return self.agree(sent, received);
             }
             match pair.next().await? {
-                (Side::Source, Control::Progress(news)) => {
-                    result.count_sender(&news.counters);
-                    show(progress, &news.counters);
-                }
+                (Side::Source, Control::Progress(news)) => result.count_sender(&news.counters),
                 (Side::Destination, Control::Progress(news)) => {
                     result.count_receiver(&news.counters);
+                    show(progress, &news.counters, result.bytes_read_source);
                 }
                 (Side::Source, Control::Ended(ended)) => {
                     result.count_sender(&ended.counters);
-                    show(progress, &ended.counters);
                     if !self.ships {
                         result.first_difference = ended.first_difference.map(|n| n * BLOCK_SIZE);
                     }
@@ -326,9 +322,10 @@ impl Session<'_> {
     }
 }
 
-fn show(progress: &mut Progress, counters: &Counters) {
-    let settled = counters.blocks_settled.saturating_mul(BLOCK_SIZE);
-    progress.update(settled, counters.bytes_read, counters.bytes_wire);
+/// What the user sees is what has reached the destination.
+fn show(progress: &mut Progress, received: &Counters, read_source: Option<u64>) {
+    let settled = received.blocks_settled.saturating_mul(BLOCK_SIZE);
+    progress.update(settled, read_source.unwrap_or(0), received.bytes_wire);
 }
 
 /// Makes the destination durable, and lets it take its name.

@@ -116,7 +116,6 @@ impl TransferResult {
         self.bytes_data = Some(counters.bytes_data);
         self.bytes_read_source = Some(counters.bytes_read);
         self.bytes_changed = Some(counters.bytes_changed);
-        self.bytes_wire = Some(counters.bytes_wire);
         self.blocks_changed = Some(counters.blocks_changed);
         self.blocks_zeroed = Some(counters.blocks_zeroed);
         self.blocks_unchanged = counters
@@ -124,8 +123,10 @@ impl TransferResult {
             .checked_sub(counters.blocks_changed + counters.blocks_zeroed);
     }
 
-    /// Takes over what the receiver counted.
+    /// Takes over what the receiver counted. While a run goes on, its bytes on the wire are those
+    /// that arrived: the sender also counts what waits in its memory.
     pub(super) fn count_receiver(&mut self, counters: &Counters) {
         self.bytes_read_destination = Some(counters.bytes_read);
+        self.bytes_wire = Some(counters.bytes_wire);
     }
 }

@@ -97,14 +97,11 @@ async fn direct(pair: &mut Pair) -> Result<Connection> {
             if error.code() != ErrorCode::Interrupted {
                 return error;
             }
-            Error::new(
-                ErrorCode::HostUnreachable,
-                format!("{from} does not reach {host} directly"),
-            )
-            .caused_by(error.one_line())
-            .hint(
-                "let it log in there (--forward-agent, or a key of its own), or use --route relay",
-            )
+            let said = error.to_string();
+            let code = host.explain(&said).code();
+            Error::new(code, format!("{from} does not reach {host} directly"))
+                .caused_by(said)
+                .hint("let it log in there (--forward-agent, or a key of its own), or use --route relay")
         })?;
     Ok(Connection {
         route: Route::Direct,

@@ -18,7 +18,8 @@
 //!    `handle_disk` for each finished disk operation, in any order.
 //! 2. Call `poll_disk` until it returns `None`, and start what it returns; operations may run
 //!    side by side.
-//! 3. Call `poll_transmit` until it returns `None`, and write what it returns, in that order.
+//! 3. Call `poll_transmit` until it returns `None`, and write what it returns, in that order. What
+//!    has been written is something that happened, too: it may have made room for operations.
 //! 4. When `outcome` returns something, the session is over.
 //!
 //! A machine never waits and never holds more than the constants of this module allow, whatever

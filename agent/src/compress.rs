@@ -26,11 +26,17 @@ pub(crate) struct Compressor {
     blocks: AtomicU32,
 }
 
+/// What a worker keeps from block to block.
+struct Context {
+    level: i32,
+    compressor: zstd::bulk::Compressor<'static>,
+    out: Vec<u8>,
+}
+
 thread_local! {
     /// A zstd context is large to make and has to be kept; one a worker is enough, since all
     /// sessions of an agent's life have the same level.
-    static CONTEXT: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> =
-        const { RefCell::new(None) };
+    static CONTEXT: RefCell<Option<Context>> = const { RefCell::new(None) };
 }
 
 impl Compressor {
@@ -90,15 +96,25 @@ impl Compressor {
 /// `None` when the block does not get smaller.
 fn compress(block: &[u8], level: i32) -> Option<Bytes> {
     CONTEXT.with_borrow_mut(|context| {
-        if context.as_ref().is_none_or(|(of, _)| *of != level) {
-            *context = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+        if context
+            .as_ref()
+            .is_none_or(|context| context.level != level)
+        {
+            let compressor = zstd::bulk::Compressor::new(level).ok()?;
+            *context = Some(Context {
+                level,
+                compressor,
+                out: Vec::new(),
+            });
         }
-        let (_, compressor) = context.as_mut()?;
+        let Context {
+            compressor, out, ..
+        } = context.as_mut()?;
         // One byte less than the block: what does not fit is not worth shipping.
-        let mut out = vec![0; block.len().saturating_sub(1)];
-        let len = compressor.compress_to_buffer(block, &mut out).ok()?;
-        out.truncate(len);
-        (len > 0).then(|| out.into())
+        out.resize(block.len().saturating_sub(1), 0);
+        let len = compressor.compress_to_buffer(block, &mut out[..]).ok()?;
+        // A copy of its own length: what waits for the wire holds no more than credit counts.
+        (len > 0).then(|| Bytes::copy_from_slice(&out[..len]))
     })
 }
 

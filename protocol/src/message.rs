@@ -477,10 +477,11 @@ pub struct Settled {
 }
 
 /// Receiver to sender: so many bytes of `Data` payload have left the receiver's memory since the
-/// session began. A total, not a difference.
+/// session began, and [`CHANGE_COST`](crate::sync::CHANGE_COST) more for each `Data` and `Zeros`
+/// that was applied. A total, not a difference.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
-    /// Payload bytes consumed.
+    /// Payload bytes and costs consumed.
     pub consumed: u64,
 }
 

@@ -8,8 +8,8 @@ use kvm_clone_protocol::digest::{Content, Digest, Digester, HashKind, Seed};
 use kvm_clone_protocol::frame::{Frame, FrameKind};
 use kvm_clone_protocol::message::*;
 use kvm_clone_protocol::sync::{
-    Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Machine, MapRun, Misbehaviour, Receiver,
-    RunKind, Sender, SyncError,
+    CHANGE_COST, Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Machine, MapRun,
+    Misbehaviour, Receiver, RunKind, Sender, SyncError, Ticket, push_content,
 };
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 
@@ -40,8 +40,7 @@ fn receiver(blocks: u64, compare: bool, ship: bool) -> Receiver {
     Receiver::new(params(blocks, compare, ship), geometry(blocks))
 }
 
-/// A sender whose source is data throughout, and a receiver whose destination is full of zeros
-/// and holes by turns.
+/// A disk that is data throughout, and never what the other end has.
 fn answer(op: &DiskOp, blocks: u64) -> DiskDone {
     match op {
         DiskOp::Map { from } => DiskDone::Mapped {
@@ -343,14 +342,14 @@ fn a_sender_sees_what_a_receiver_breaks() {
             vec![told(0, 2), credit(u64::MAX)],
             Misbehaviour::FalseCredit {
                 consumed: u64::MAX,
-                sent: 2 * BLOCK_SIZE,
+                sent: 2 * (BLOCK_SIZE + CHANGE_COST),
             },
         ),
         (
             vec![told(0, 2), credit(BLOCK_SIZE), credit(BLOCK_SIZE - 1)],
             Misbehaviour::FalseCredit {
                 consumed: BLOCK_SIZE - 1,
-                sent: 2 * BLOCK_SIZE,
+                sent: 2 * (BLOCK_SIZE + CHANGE_COST),
             },
         ),
         // Agreement before the end, and on something else.
@@ -489,31 +488,101 @@ fn an_encoding_that_does_not_exist_is_malformed() {
     assert_eq!(machine.handle_frame(&frame), Err(error));
 }
 
-#[test]
-fn data_beyond_its_credit_is_refused_to_the_block() {
-    let allowed = DATA_AHEAD / BLOCK_SIZE;
-    let mut machine = receiver(allowed + 3, false, true);
+/// A receiver that has as many blocks as there is credit for, of which the disk has taken one,
+/// and that operation.
+fn full_receiver(count: u64) -> (Receiver, Ticket, DiskOp) {
+    let mut machine = receiver(count + 3, false, true);
     let mut first = None;
-    for index in 0..allowed {
+    for index in 0..count {
         machine.handle_frame(&raw(index)).unwrap();
-        // The disk takes one operation, and does not finish it.
         first = first.or_else(|| machine.poll_disk());
     }
     let (ticket, op) = first.unwrap();
-    let mut finished = receiver(allowed + 3, false, true);
-    for index in 0..allowed {
-        finished.handle_frame(&raw(index)).unwrap();
-        if index == 0 {
-            finished.poll_disk().unwrap();
-        }
-    }
+    (machine, ticket, op)
+}
+
+#[test]
+fn data_beyond_its_credit_is_refused_to_the_block() {
+    let allowed = DATA_AHEAD / (CHANGE_COST + BLOCK_SIZE);
     let broken = Err(Misbehaviour::OverCredit(FrameKind::Data).into());
+    let (mut machine, ..) = full_receiver(allowed);
     assert_eq!(machine.handle_frame(&raw(allowed)), broken);
 
     // Once the operation is done there is room for as much as it held, and no more.
-    finished.handle_disk(ticket, answer(&op, allowed)).unwrap();
-    assert_eq!(finished.handle_frame(&raw(allowed)), Ok(()));
-    assert_eq!(finished.handle_frame(&raw(allowed + 1)), broken);
+    let (mut machine, ticket, op) = full_receiver(allowed);
+    machine.handle_disk(ticket, answer(&op, allowed)).unwrap();
+    assert_eq!(machine.handle_frame(&raw(allowed)), Ok(()));
+    assert_eq!(machine.handle_frame(&raw(allowed + 1)), broken);
+}
+
+/// Zeros have no payload, and a compressed block may have one byte: they cost credit all the same.
+#[test]
+fn changes_without_bytes_to_speak_of_are_bounded_too() {
+    let changes: [fn(u64) -> Frame; 2] = [
+        |index| zeros(index, 1),
+        |index| data(index, Encoding::Zstd, 1),
+    ];
+    for change in changes {
+        let blocks = 4 * DATA_AHEAD / CHANGE_COST;
+        let mut machine = receiver(blocks, false, true);
+        let (at, error) = (0..blocks / 2)
+            .find_map(|at| Some((at, machine.handle_frame(&change(2 * at)).err()?)))
+            .expect("there is an end to what a receiver takes");
+        let kind = change(0).kind;
+        assert_eq!(error, Misbehaviour::OverCredit(kind).into());
+        assert!(at <= DATA_AHEAD / CHANGE_COST, "{at} {kind:?} were taken");
+    }
+}
+
+/// How many blocks a receiver reads while the sender settles all that it is told, and the disk
+/// begins every change and ends none.
+fn blocks_read_while_changes_hang(content: fn(u64) -> Content, first: Option<Frame>) -> u64 {
+    let blocks = 64 * DIGEST_AHEAD;
+    let mut machine = receiver(blocks, true, true);
+    let (mut read, mut next, mut first) = (0, 0, first);
+    loop {
+        let before = read;
+        while let Some((ticket, op)) = machine.poll_disk() {
+            let done = match &op {
+                DiskOp::Digest { run } => {
+                    read += run.count;
+                    let mut digests = Vec::new();
+                    (run.first..run.end()).for_each(|at| push_content(&mut digests, &content(at)));
+                    DiskDone::Digested(digests.into())
+                }
+                DiskOp::Map { .. } => answer(&op, blocks),
+                _ => continue,
+            };
+            machine.handle_disk(ticket, done).unwrap();
+        }
+        while let Some(told) = machine.poll_transmit() {
+            next += told.payload.len() as u64 / 16;
+        }
+        if let Some(frame) = first.take() {
+            machine.handle_frame(&frame).unwrap();
+        }
+        machine.handle_frame(&settled(next)).unwrap();
+        if read == before {
+            return read;
+        }
+    }
+}
+
+#[test]
+fn a_write_that_hangs_stops_the_scan() {
+    // The digests after it cannot go into the root, and must not pile up.
+    let read = blocks_read_while_changes_hang(|_| Content::Digest(ROOT), Some(raw(0)));
+    assert!(read <= DIGEST_AHEAD + 1, "{read} blocks were read");
+}
+
+#[test]
+fn trims_that_hang_stop_the_scan() {
+    let every_second = |at| match at % 2 {
+        0 => Content::Zero,
+        _ => Content::Digest(ROOT),
+    };
+    let read = blocks_read_while_changes_hang(every_second, None);
+    assert!(read <= 4 * DIGEST_AHEAD, "{read} blocks were read");
 }
 
 #[test]

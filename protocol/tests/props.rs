@@ -16,6 +16,16 @@ use kvm_clone_protocol::sync::{
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry, MAX_DISK_SIZE};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
+use proptest::test_runner::FileFailurePersistence;
+
+/// Failures are kept beside this file, to be committed.
+fn config() -> ProptestConfig {
+    let kept = FileFailurePersistence::WithSource("regressions");
+    ProptestConfig {
+        failure_persistence: Some(Box::new(kept)),
+        ..ProptestConfig::default()
+    }
+}
 
 fn bytes(len: impl Into<prop::collection::SizeRange>) -> impl Strategy<Value = Bytes> {
     prop::collection::vec(any::<u8>(), len).prop_map(Bytes::from)
@@ -62,6 +72,8 @@ fn heads() -> impl Strategy<Value = BytesMut> {
 }
 
 proptest! {
+    #![proptest_config(config())]
+
     #[test]
     fn decode_gives_back_what_encode_was_given(frame in frames()) {
         let mut input = BytesMut::from(&frame.encode()[..]);
@@ -139,6 +151,8 @@ fn sizes() -> impl Strategy<Value = u64> {
 }
 
 proptest! {
+    #![proptest_config(config())]
+
     #[test]
     fn blocks_cover_a_disk_without_gap_or_overlap(size in sizes(), cut: Index) {
         let disk = Geometry::new(size).unwrap();
@@ -324,6 +338,8 @@ fn poke(machine: &mut dyn Machine, pokes: Vec<Poke>) {
 }
 
 proptest! {
+    #![proptest_config(config())]
+
     /// Whatever the peer says and however the disk is, a machine goes on or gives an error.
     #[test]
     fn no_order_of_frames_makes_a_machine_panic_or_leave_the_disk(

@@ -6,10 +6,11 @@
 #![cfg(test)]
 
 use bytes::{Bytes, BytesMut};
-use kvm_clone_protocol::digest::{Digest, HashKind, Seed};
+use kvm_clone_protocol::digest::{Digest, Digester, HashKind, RangeHasher, Seed, disk_root};
 use kvm_clone_protocol::frame::{self, Frame, FrameKind, HEAD_LEN};
 use kvm_clone_protocol::message::*;
-use kvm_clone_protocol::units::BlockRun;
+use kvm_clone_protocol::units::{BlockRun, Geometry};
+use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// One frame: what it says, and its bytes.
 struct Pin {
@@ -662,5 +663,63 @@ fn the_failure_codes_have_their_numbers() {
             message: String::new(),
         };
         assert_eq!(byte_of(&failed, 0), number(code), "{code:?}");
+    }
+}
+
+/// The seed of the pinned digests: its first eight bytes are XXH3's.
+const SEED: Seed = Seed(*b"\x01\x02\x03\x04\x05\x06\x07\x08 the rest of the key....");
+
+/// What a digest is, said once more with the hash functions themselves.
+fn hash(kind: HashKind, bytes: &[u8]) -> Digest {
+    match kind {
+        HashKind::Xxh3 => Digest(xxh3_128_with_seed(bytes, 0x0807_0605_0403_0201).to_le_bytes()),
+        HashKind::Blake3 => {
+            let whole = blake3::keyed_hash(&SEED.0, bytes);
+            Digest(std::array::from_fn(|at| whole.as_bytes()[at]))
+        }
+    }
+}
+
+#[test]
+fn digests_have_their_bytes() {
+    let pins = [
+        (HashKind::Xxh3, "2b1815fe1bf17a4a2ca89e2a81c4889d"),
+        (HashKind::Blake3, "df4e4347abe538f0640c72d6cd2197c4"),
+    ];
+    for (kind, pinned) in pins {
+        let digest = Digester::new(kind, SEED).digest(b"a block");
+        assert_eq!(digest.0[..], hex(pinned), "{kind:?}: {:02x?}", digest.0);
+        assert_eq!(digest, hash(kind, b"a block"));
+    }
+}
+
+#[test]
+fn roots_are_made_of_pinned_records() {
+    for kind in [HashKind::Xxh3, HashKind::Blake3] {
+        let digester = Digester::new(kind, SEED);
+        let mut range = RangeHasher::new(&digester, 3);
+        range.block(&Digest([0xaa; 16]));
+        range.zeros(1);
+        range.zeros(1);
+        range.block(&Digest([0xbb; 16]));
+        range.zeros(256);
+        let root = range.finish();
+        let records = hex("01 0300000000000000                  # a block: index 3
+                aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa  #   digest
+             00 0400000000000000                  # zeros: from block 4
+                0200000000000000                  #   two blocks, however they were counted
+             01 0600000000000000                  # a block: index 6
+                bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb  #   digest
+             00 0700000000000000                  # zeros: from block 7
+                0001000000000000                  #   256 blocks");
+        assert_eq!(root, hash(kind, &records), "{kind:?}");
+
+        let disk = Geometry::new(65_537).unwrap();
+        let size = hex("0100010000000000");
+        assert_eq!(
+            disk_root(&digester, disk, &[root, Digest([0xcc; 16])]),
+            hash(kind, &[&size[..], &root.0, &[0xcc; 16]].concat()),
+            "{kind:?}"
+        );
     }
 }

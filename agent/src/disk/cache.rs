@@ -94,3 +94,77 @@ fn residency(file: &std::fs::File, offset: u64, len: u64) -> io::Result<Vec<u8>>
         if result == -1 { Err(error) } else { Ok(pages) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+
+    use kvm_clone_protocol::digest::{Digester, HashKind, Seed};
+    use kvm_clone_protocol::message::{Access, Compression};
+    use kvm_clone_protocol::sync::DiskOp;
+    use kvm_clone_protocol::units::{BlockRun, Geometry};
+
+    use super::*;
+    use crate::compress::Compressor;
+    use crate::disk::{Scratch, SessionContext, Target, open};
+
+    const SIZE: u64 = 4 << 20;
+
+    /// Scans a file of which the first half is in the cache; returns what is there afterwards.
+    fn cached_after_a_scan(directory: &std::path::Path) -> Option<Vec<bool>> {
+        let path = directory.join("disk");
+        let mut file = File::create_new(&path).unwrap();
+        file.write_all(&[7; 4 << 20]).unwrap();
+        file.sync_all().unwrap();
+        let Target::Open(disk) = open(&path, Access::Source).unwrap() else {
+            panic!("the file was just made");
+        };
+        disk.drop_cache();
+        if residency(&file, 0, SIZE)
+            .unwrap()
+            .iter()
+            .any(|page| page & 1 == 1)
+        {
+            return None;
+        }
+        let compressor = Compressor::new(Compression::Off);
+        let context = SessionContext {
+            geometry: Geometry::new(SIZE).unwrap(),
+            digester: Digester::new(HashKind::Xxh3, Seed([0; 32])),
+            compressor: &compressor,
+        };
+        std::os::unix::fs::FileExt::read_exact_at(&disk.file, &mut [0; 1 << 20], 0).unwrap();
+        let before = residency(&file, 0, SIZE).unwrap();
+        assert_eq!(before.iter().filter(|page| **page & 1 == 1).count(), 256);
+        for first in [0, 32] {
+            let run = BlockRun { first, count: 32 };
+            disk.run(DiskOp::Digest { run }, &context, &mut Scratch::new())
+                .unwrap();
+        }
+        let after = residency(&file, 0, SIZE).unwrap();
+        Some(after.iter().map(|page| page & 1 == 1).collect())
+    }
+
+    #[test]
+    fn a_scan_leaves_the_page_cache_as_it_was() {
+        // Beside the executable is a disk; the directory for temporary files may be memory.
+        let here = std::env::current_exe().unwrap();
+        let directory = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
+        let Some(cached) = cached_after_a_scan(directory.path()) else {
+            eprintln!(
+                "SKIPPED: {} keeps everything in its cache",
+                directory.path().display()
+            );
+            return;
+        };
+        assert!(
+            cached[..256].iter().all(|page| *page),
+            "what was there stays"
+        );
+        assert!(
+            cached[256..].iter().all(|page| !page),
+            "what the scan brought goes"
+        );
+    }
+}

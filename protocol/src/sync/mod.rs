@@ -65,6 +65,12 @@ pub const DIGEST_AHEAD: u64 = 16 * 1024;
 /// of 100 ms at 1 Gbit/s, with a third to spare.
 pub const DATA_AHEAD: u64 = 16 * 1024 * 1024;
 
+/// What each [`Data`](crate::message::Data) and [`Zeros`](crate::message::Zeros) costs of the
+/// same credit besides its payload: about what a receiver keeps of it until it is applied.
+/// Without it, zeros and blocks that compress to almost nothing would pile up in front of a slow
+/// disk.
+pub const CHANGE_COST: u64 = 256;
+
 /// Runs that one [`DiskOp::Map`] returns at most.
 pub const MAP_RUNS: usize = 1024;
 

@@ -7,19 +7,24 @@ use bytes::Bytes;
 use super::peer_blocks::{PeerBlocks, Piece};
 use super::runs::{RunKind, Runs};
 use super::{
-    DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Machine, Misbehaviour,
-    Outcome, SyncError, Ticket, WINDOW, WRITE_BATCH, WriteBlock, content_at, payload_fits, small,
+    CHANGE_COST, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Machine,
+    Misbehaviour, Outcome, SyncError, Ticket, WINDOW, WRITE_BATCH, WriteBlock, content_at,
+    digest_count, payload_fits, small,
 };
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
 use crate::message::{
     Agreed, Counters, Credit, Data, Digests, End, Holes, SessionParams, Settled, Stream, Zeros,
 };
-use crate::units::{BlockRun, Geometry};
+use crate::units::{BLOCK_LEN, BlockRun, Geometry};
 
 /// Credit is told once this much has been consumed: 1 MiB, a small part of the window, so that the
 /// sender does not run dry while a credit is on its way.
 const CREDIT_STEP: u64 = DATA_AHEAD / 16;
+
+/// Changes that wait for the disk while more of it is still digested: as many as the digests that
+/// may be ahead, so that trims, which come out of digests and cost no credit, are bounded too.
+const MAX_APPLIES: usize = 16 * 1024;
 
 /// Tells the sender what the destination holds, as far ahead as its window allows, and applies
 /// what comes back.
@@ -35,7 +40,8 @@ pub struct Receiver {
     /// Planned and not yet told to the sender, in order of blocks.
     scans: VecDeque<Scan>,
     reads: usize,
-    /// Blocks whose digests are being made or have been told, and are not settled.
+    /// Blocks whose digests are being made, or are kept: until they are settled and have gone
+    /// into the root.
     ahead: u64,
     /// The first block that the sender has not been told of.
     told: u64,
@@ -44,12 +50,14 @@ pub struct Receiver {
     /// All blocks below are settled.
     next: u64,
     applies: VecDeque<Apply>,
-    writing: Vec<(Ticket, Vec<(u64, u64)>)>,
+    writing: Vec<Writing>,
     /// Contents of settled blocks that wait for the digests of blocks before them.
     rooting: VecDeque<Rooting>,
     /// The slot of the front of `rooting`.
     first_slot: u64,
     hasher: Option<RangeHasher>,
+    /// What came, what has been applied of it, and what the sender knows of that, in the currency
+    /// of credit.
     received: u64,
     consumed: u64,
     credited: u64,
@@ -57,6 +65,16 @@ pub struct Receiver {
     their_root: Option<Digest>,
     root: Option<Digest>,
     agreement_sent: bool,
+}
+
+/// A slice keeps the whole buffer alive that it was read into. A block fills a good part of that;
+/// a few bytes are copied instead, so that memory is what credit counts.
+fn own(payload: &Bytes) -> Bytes {
+    if payload.len() < BLOCK_LEN / 2 {
+        Bytes::copy_from_slice(payload)
+    } else {
+        payload.clone()
+    }
 }
 
 /// A run of blocks between planning and being told.
@@ -73,6 +91,16 @@ enum Apply {
     Block(WriteBlock),
     Zero(BlockRun),
     Trim(BlockRun),
+}
+
+/// A change that is being applied.
+#[derive(Debug)]
+struct Writing {
+    ticket: Ticket,
+    /// The blocks' places in the order of the root.
+    slots: Vec<u64>,
+    /// The credit that it gives back.
+    cost: u64,
 }
 
 /// The contents of settled blocks, in order.
@@ -159,7 +187,7 @@ impl Machine for Receiver {
             }
             DiskDone::Digested(digests) => self.digested(ticket, digests),
             DiskDone::Written(contents) => self.written(ticket, contents),
-            DiskDone::Zeroed => self.writing.retain(|(t, _)| *t != ticket),
+            DiskDone::Zeroed => self.written(ticket, Vec::new()),
             done => debug_assert!(false, "{done:?} answers nothing that a receiver asked"),
         }
         self.finish()
@@ -209,10 +237,7 @@ impl Receiver {
         if !payload_fits(data.encoding, len, self.geometry.block_len(data.index)) {
             return Err(Misbehaviour::BadPayload { kind, len }.into());
         }
-        self.received += len as u64;
-        if self.received - self.consumed > DATA_AHEAD {
-            return Err(Misbehaviour::OverCredit(kind).into());
-        }
+        self.charge(kind, len as u64)?;
         self.settle_equal(data.index);
         self.settle_changed(run);
         self.rooting.push_back(Rooting::Written(None));
@@ -220,7 +245,7 @@ impl Receiver {
         self.applies.push_back(Apply::Block(WriteBlock {
             index: data.index,
             encoding: data.encoding,
-            payload: frame.payload.clone(),
+            payload: own(&frame.payload),
             slot,
         }));
         self.counters.blocks_changed += 1;
@@ -229,11 +254,20 @@ impl Receiver {
 
     fn on_zeros(&mut self, run: BlockRun) -> Result<(), SyncError> {
         self.check_change(FrameKind::Zeros, run)?;
+        self.charge(FrameKind::Zeros, 0)?;
         self.settle_equal(run.first);
         self.settle_changed(run);
         self.root_next(Rooting::Zeros(run.count));
         self.applies.push_back(Apply::Zero(run));
         self.counters.blocks_zeroed += run.count;
+        Ok(())
+    }
+
+    fn charge(&mut self, kind: FrameKind, payload: u64) -> Result<(), SyncError> {
+        self.received += CHANGE_COST + payload;
+        if self.received - self.consumed > DATA_AHEAD {
+            return Err(Misbehaviour::OverCredit(kind).into());
+        }
         Ok(())
     }
 
@@ -305,7 +339,11 @@ impl Receiver {
         let (_, bytes) = self.geometry.byte_range(run);
         self.counters.bytes_changed += bytes;
         while self.next < run.end() {
-            self.next += self.take_unsettled(run.end() - self.next).count();
+            let piece = self.take_unsettled(run.end() - self.next);
+            if let Piece::Digests(_) = &piece {
+                self.ahead -= piece.count();
+            }
+            self.next += piece.count();
         }
         self.counters.blocks_settled = self.next;
     }
@@ -315,14 +353,9 @@ impl Receiver {
         if !self.params.compare {
             return Piece::Holes(most);
         }
-        let piece = self
-            .unsettled
+        self.unsettled
             .take(most)
-            .expect("check_reach: all of these were told");
-        if let Piece::Digests(_) = &piece {
-            self.ahead -= piece.count();
-        }
-        piece
+            .expect("check_reach: all of these were told")
     }
 
     /// Zero blocks that were read, and so occupy space, give it back.
@@ -346,7 +379,11 @@ impl Receiver {
 
     /// The next blocks in the order of the root: hashed at once if nothing before them waits.
     fn root_next(&mut self, item: Rooting) {
-        self.rooting.push_back(item);
+        match (self.rooting.back_mut(), item) {
+            // Merged, so that the queue is bounded by its digests and blocks alone.
+            (Some(Rooting::Zeros(last)), Rooting::Zeros(count)) => *last += count,
+            (_, item) => self.rooting.push_back(item),
+        }
         self.hash_ready();
     }
 
@@ -363,6 +400,7 @@ impl Receiver {
                     for at in 0..digests.len() / DIGEST_LEN {
                         hasher.content(&content_at(digests, at));
                     }
+                    self.ahead -= digest_count(digests);
                 }
             }
             self.rooting.pop_front();
@@ -384,12 +422,12 @@ impl Receiver {
     }
 
     fn written(&mut self, ticket: Ticket, contents: Vec<Content>) {
-        let Some(at) = self.writing.iter().position(|(t, _)| *t == ticket) else {
+        let Some(at) = self.writing.iter().position(|w| w.ticket == ticket) else {
             return;
         };
-        let (_, blocks) = self.writing.swap_remove(at);
-        for ((slot, payload), content) in blocks.into_iter().zip(contents) {
-            self.consumed += payload;
+        let done = self.writing.swap_remove(at);
+        self.consumed += done.cost;
+        for (slot, content) in done.slots.into_iter().zip(contents) {
             let at = usize::try_from(slot - self.first_slot).expect("a place in a queue");
             self.rooting[at] = Rooting::Written(Some(content));
         }
@@ -400,9 +438,9 @@ impl Receiver {
         if self.writing.len() >= MAX_WRITES {
             return None;
         }
-        let (slots, op) = match self.applies.pop_front()? {
-            Apply::Zero(run) => (Vec::new(), DiskOp::Zero { run }),
-            Apply::Trim(run) => (Vec::new(), DiskOp::Trim { run }),
+        let (slots, cost, op) = match self.applies.pop_front()? {
+            Apply::Zero(run) => (Vec::new(), CHANGE_COST, DiskOp::Zero { run }),
+            Apply::Trim(run) => (Vec::new(), 0, DiskOp::Trim { run }),
             Apply::Block(block) => {
                 let mut blocks = vec![block];
                 while blocks.len() < WRITE_BATCH
@@ -411,15 +449,17 @@ impl Receiver {
                 {
                     blocks.push(block);
                 }
-                let slots = blocks
-                    .iter()
-                    .map(|b| (b.slot, b.payload.len() as u64))
-                    .collect();
-                (slots, DiskOp::Write { blocks })
+                let costs = blocks.iter().map(|b| CHANGE_COST + b.payload.len() as u64);
+                let (slots, cost) = (blocks.iter().map(|b| b.slot).collect(), costs.sum());
+                (slots, cost, DiskOp::Write { blocks })
             }
         };
         let ticket = self.tickets.take();
-        self.writing.push((ticket, slots));
+        self.writing.push(Writing {
+            ticket,
+            slots,
+            cost,
+        });
         Some((ticket, op))
     }
 
@@ -437,7 +477,10 @@ impl Receiver {
                 continue;
             }
             let count = own.count.min(WINDOW);
-            if self.reads >= MAX_READS || self.ahead + count > DIGEST_AHEAD {
+            if self.reads >= MAX_READS
+                || self.ahead + count > DIGEST_AHEAD
+                || self.applies.len() >= MAX_APPLIES
+            {
                 return None;
             }
             let run = self.runs.take(count);

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use super::peer_blocks::{PeerBlocks, Piece};
 use super::runs::{MapRun, RunKind, Runs};
 use super::{
-    Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Expected, MAX_READS, Machine,
-    Misbehaviour, Outcome, SyncError, Ticket, WINDOW, content_at, digest_count, small,
+    CHANGE_COST, Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Expected, MAX_READS,
+    Machine, Misbehaviour, Outcome, SyncError, Ticket, WINDOW, content_at, digest_count, small,
 };
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
@@ -43,7 +43,8 @@ pub struct Sender {
     position: u64,
     /// The receiver knows that all blocks below are settled.
     announced: u64,
-    sent_payload: u64,
+    /// What was sent, and what the receiver has consumed, in the currency of credit.
+    sent: u64,
     consumed: u64,
     counters: Counters,
     first_difference: Option<u64>,
@@ -83,7 +84,7 @@ impl Sender {
             hasher: Some(RangeHasher::new(&digester, 0)),
             position: 0,
             announced: 0,
-            sent_payload: 0,
+            sent: 0,
             consumed: 0,
             counters: Counters::default(),
             first_difference: None,
@@ -183,9 +184,9 @@ impl Machine for Sender {
 }
 
 impl Sender {
-    /// Payload that waits for credit.
+    /// What waits for credit.
     fn outstanding(&self) -> u64 {
-        self.sent_payload - self.consumed
+        self.sent - self.consumed
     }
 
     fn on_digests(&mut self, first: u64, frame: &Frame) -> Result<(), SyncError> {
@@ -204,7 +205,9 @@ impl Sender {
                 count: digest_count(&frame.payload),
             },
         )?;
-        self.theirs.push_digests(frame.payload.clone());
+        // Copied: a slice would keep the whole buffer alive that it was read into.
+        self.theirs
+            .push_digests(Bytes::copy_from_slice(&frame.payload));
         if self.theirs.digests() > DIGEST_AHEAD {
             return Err(Misbehaviour::OverCredit(frame.kind).into());
         }
@@ -234,10 +237,10 @@ impl Sender {
     }
 
     fn on_credit(&mut self, consumed: u64) -> Result<(), SyncError> {
-        if consumed < self.consumed || consumed > self.sent_payload {
+        if consumed < self.consumed || consumed > self.sent {
             return Err(Misbehaviour::FalseCredit {
                 consumed,
-                sent: self.sent_payload,
+                sent: self.sent,
             }
             .into());
         }
@@ -355,16 +358,18 @@ impl Sender {
 
     /// What comes next in order, if it is known and may be sent.
     fn next_settled(&mut self) -> Option<Next> {
-        let blocked = self.outstanding() + BLOCK_SIZE > DATA_AHEAD;
+        let blocked =
+            self.params.ship && self.outstanding() + CHANGE_COST + BLOCK_SIZE > DATA_AHEAD;
         let next = match self.steps.front_mut()? {
             Step::Reading { .. } => return None,
             Step::Equal { count } => Next::Equal(Content::Zero, *count),
+            Step::Zeroed { .. } if blocked => return None,
             Step::Zeroed { count } => Next::Zeroed(*count),
             Step::Read { blocks } => match blocks.front()? {
                 Compared::Changed { .. } if self.params.ship && self.zeros.is_some() => {
                     return Some(Next::Flush);
                 }
-                Compared::Changed { .. } if self.params.ship && blocked => return None,
+                Compared::Changed { .. } | Compared::Zeroed if blocked => return None,
                 _ => match blocks.pop_front()? {
                     Compared::Equal(content) => Next::Equal(content, 1),
                     Compared::Zeroed => Next::Zeroed(1),
@@ -430,6 +435,7 @@ impl Sender {
                 None
             }
             zeros => {
+                self.sent += CHANGE_COST;
                 let before = zeros.replace(BlockRun { first, count });
                 before.map(|run| self.zeros_frame(run))
             }
@@ -454,7 +460,7 @@ impl Sender {
             return None;
         }
         self.announced = self.position;
-        self.sent_payload += payload.len() as u64;
+        self.sent += CHANGE_COST + payload.len() as u64;
         Some(Frame {
             payload,
             ..small(data)

@@ -7,8 +7,8 @@ use bytes::{Buf, BytesMut};
 use kvm_clone_protocol::frame::{self, Frame, FrameKind};
 use kvm_clone_protocol::message::{SessionParams, Stream};
 use kvm_clone_protocol::sync::{
-    DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Machine, Outcome, Receiver,
-    Sender, Ticket, WINDOW,
+    CHANGE_COST, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Machine,
+    Outcome, Receiver, Sender, Ticket, WINDOW,
 };
 use kvm_clone_protocol::units::BlockRun;
 use rand::rngs::SmallRng;
@@ -45,19 +45,19 @@ enum Step {
 }
 
 /// The last steps, printed when a test fails.
+#[derive(Default)]
 pub(crate) struct Trace {
-    title: String,
+    /// `None`: nothing is printed.
+    title: Option<String>,
     steps: VecDeque<Step>,
     taken: u64,
 }
 
 impl Trace {
     pub(crate) fn new(title: impl fmt::Display) -> Self {
-        Self {
-            title: title.to_string(),
-            steps: VecDeque::new(),
-            taken: 0,
-        }
+        let mut trace = Self::default();
+        trace.title = Some(title.to_string());
+        trace
     }
 
     fn push(&mut self, step: Step) {
@@ -71,8 +71,10 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("{}, step {}, the last steps:", self.title, self.taken);
+        if let Some(title) = &self.title
+            && std::thread::panicking()
+        {
+            eprintln!("{title}, step {}, the last steps:", self.taken);
             for step in &self.steps {
                 eprintln!("  {step:?}");
             }
@@ -149,17 +151,19 @@ pub(crate) struct Tally {
     pub(crate) steps: u32,
     pub(crate) wire: u64,
     pub(crate) data_frames: u64,
-    /// Payload of `Data` that was put on the wire, that left the receiver's memory, and that the
-    /// sender has credit for.
+    /// Payload of `Data`.
     pub(crate) payload: u64,
+    /// Credit that was spent on the wire, that was given back by the receiver's disk, and that
+    /// the sender knows to have back.
+    spent: u64,
     applied: u64,
     credited: u64,
     /// Runs that the sender read, and the receiver digested, that are not settled.
     compared: Ahead,
     digested: Ahead,
-    /// The most payload between the sender and the destination's disk, and the most blocks that
-    /// were digested ahead, that there ever was.
-    pub(crate) peak_payload: u64,
+    /// The most credit that was spent and not given back, and the most blocks that were digested
+    /// ahead.
+    pub(crate) peak_spent: u64,
     pub(crate) peak_digested: u64,
 }
 
@@ -377,30 +381,19 @@ impl<'a> Pair<'a> {
         true
     }
 
-    /// Calls a machine as the contract in `sync` says.
+    /// Calls a machine as the contract in `sync` says, each poll once after something happened.
     fn pump(&mut self, side: Side) {
-        loop {
-            let mut idle = true;
-            while let Some((ticket, op)) = self.half(side).machine.poll_disk() {
-                idle = false;
-                self.watch_op(side, &op);
-                self.half(side).ops.push((ticket, op));
-            }
-            while self.half(side.other()).pipe.len() < self.schedule.pipe
-                && let Some(frame) = self.half(side).machine.poll_transmit()
-            {
-                idle = false;
-                let bytes = frame.encode();
-                self.tally.wire += bytes.len() as u64;
-                if frame.kind == FrameKind::Data {
-                    self.tally.data_frames += 1;
-                    self.tally.payload += frame.payload.len() as u64;
-                }
-                self.half(side.other()).pipe.extend_from_slice(&bytes);
-            }
-            if idle {
-                return;
-            }
+        while let Some((ticket, op)) = self.half(side).machine.poll_disk() {
+            self.watch_op(side, &op);
+            self.half(side).ops.push((ticket, op));
+        }
+        while self.half(side.other()).pipe.len() < self.schedule.pipe
+            && let Some(frame) = self.half(side).machine.poll_transmit()
+        {
+            let bytes = frame.encode();
+            self.tally.wire += bytes.len() as u64;
+            self.watch_departure(&frame);
+            self.half(side.other()).pipe.extend_from_slice(&bytes);
         }
     }
 
@@ -424,6 +417,17 @@ impl<'a> Pair<'a> {
         }
     }
 
+    fn watch_departure(&mut self, frame: &Frame) {
+        if matches!(frame.kind, FrameKind::Data | FrameKind::Zeros) {
+            self.tally.spent += CHANGE_COST;
+        }
+        if frame.kind == FrameKind::Data {
+            self.tally.data_frames += 1;
+            self.tally.payload += frame.payload.len() as u64;
+            self.tally.spent += frame.payload.len() as u64;
+        }
+    }
+
     fn watch_arrival(&mut self, frame: &Frame) {
         if let Ok(Stream::Credit(credit)) = Stream::read(frame) {
             self.tally.credited = credit.consumed;
@@ -431,23 +435,24 @@ impl<'a> Pair<'a> {
     }
 
     fn watch_disk(&mut self, op: &DiskOp, done: &DiskDone) {
-        if let (DiskOp::Write { blocks }, DiskDone::Written(contents)) = (op, done) {
-            assert_eq!(blocks.len(), contents.len());
-            let bytes = blocks
-                .iter()
-                .map(|block| block.payload.len())
-                .sum::<usize>();
-            self.tally.applied += bytes as u64;
-        }
+        self.tally.applied += match (op, done) {
+            (DiskOp::Write { blocks }, DiskDone::Written(contents)) => {
+                assert_eq!(blocks.len(), contents.len());
+                let costs = blocks.iter().map(|b| CHANGE_COST + b.payload.len() as u64);
+                costs.sum()
+            }
+            (DiskOp::Zero { .. }, _) => CHANGE_COST,
+            _ => 0,
+        };
     }
 
     /// Neither side ever holds more than the constants of `sync` allow.
     fn check_memory(&mut self) {
         let tally = &mut self.tally;
-        let under_way = tally.payload - tally.applied;
-        assert!(under_way <= DATA_AHEAD, "{under_way} bytes under way");
-        tally.peak_payload = tally.peak_payload.max(under_way);
-        assert!(tally.payload - tally.credited <= DATA_AHEAD);
+        let spent = tally.spent - tally.applied;
+        assert!(spent <= DATA_AHEAD, "{spent} spent");
+        tally.peak_spent = tally.peak_spent.max(spent);
+        assert!(tally.spent - tally.credited <= DATA_AHEAD);
         assert!(tally.credited <= tally.applied);
 
         let compared = tally.compared.unsettled(&*self.sender.machine);
@@ -475,7 +480,7 @@ impl<'a> Pair<'a> {
             assert_eq!(half.machine.poll_disk(), None);
             assert_eq!(half.machine.poll_transmit(), None);
         }
-        assert_eq!(self.tally.payload, self.tally.applied);
+        assert_eq!(self.tally.spent, self.tally.applied);
     }
 }
 

@@ -1,1 +1,25 @@
+//! The ground that the end-to-end tests stand on: hosts that are real sshd processes, disks with
+//! known contents, file systems on loop devices, and the controller as a user runs it.
+//!
+//! ```text
+//!   Lab ─┬─ Controller   kvm-clone-ctl with a home and an ssh configuration of its own
+//!        ├─ Host hvA     sshd in a mount namespace: own /root, /tmp, /var/tmp, /dev/shm, /run
+//!        ├─ Host hvB     the same
+//!        └─ directory    disks and mount points; the same path here and on both hosts
+//! ```
+//!
+//! Nothing here knows how the product works: it starts binaries, and looks at files, processes
+//! and JSON. What fails in here, and not in the product, panics and names the thing, since a
+//! broken laboratory is a failed test.
 
+#![forbid(unsafe_code)]
+
+pub mod controller;
+pub mod host;
+pub mod image;
+pub mod journey;
+pub mod lab;
+pub mod mount;
+pub mod outcome;
+pub mod process;
+pub mod skip;

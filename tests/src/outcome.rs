@@ -1,0 +1,175 @@
+//! The result of a transfer, checked against the disks that it speaks of.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::controller::Run;
+use crate::image::{self, BLOCK, Difference, KIB};
+use crate::journey::Journey;
+
+/// What a run may carry besides blocks and digests: the session's own messages.
+pub const SESSION_BYTES: u64 = 64 * KIB;
+
+/// Bytes that a compared block may cost on the wire: a digest of 16 bytes and its framing.
+pub const DIGEST_BYTES: u64 = 24;
+
+/// Room that a file system takes for its own map of a file, beyond a hundredth of the data: one
+/// block of the protocol. A map of extents takes a page for some 300 of them on ext4, and
+/// delayed or rounded allocation at the end of a file another few.
+const MAP_BYTES: u64 = BLOCK;
+
+/// The JSON of a successful `disk sync`, and what the disks said before it.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The object on standard output.
+    pub json: Value,
+    /// How source and destination differed before the run.
+    pub before: Difference,
+    /// The run.
+    pub run: Run,
+}
+
+impl Outcome {
+    pub(crate) fn of_sync(by: Journey, from: &Path, to: &Path, run: impl FnOnce() -> Run) -> Self {
+        let missing = !to.exists();
+        let before = image::difference(from, to);
+        let run = run();
+        let outcome = Self {
+            json: run.expect_json(),
+            before,
+            run,
+        };
+        outcome.assert_described(by);
+        outcome.assert_counted(from);
+        if missing && outcome.json["resumed"] == false {
+            assert_eq!(
+                outcome.number("bytes_read_destination"),
+                0,
+                "{}",
+                outcome.run
+            );
+        }
+        image::assert_same_start(from, to);
+        if std::fs::metadata(to).is_ok_and(|metadata| metadata.is_file()) {
+            image::assert_equal(from, to);
+        }
+        outcome
+    }
+
+    /// A figure of the result.
+    ///
+    /// # Panics
+    /// When it is not a number.
+    #[must_use]
+    pub fn number(&self, field: &str) -> u64 {
+        let value = self.json[field].as_u64();
+        value.unwrap_or_else(|| panic!("{field} is not a number in {}", self.run))
+    }
+
+    /// The warnings of the result.
+    #[must_use]
+    pub fn warnings(&self) -> String {
+        self.json["warnings"].to_string()
+    }
+
+    /// Claims that nothing was shipped but digests.
+    ///
+    /// # Panics
+    /// When something was.
+    pub fn assert_only_digests(&self, source: &Path) {
+        let run = &self.run;
+        assert_eq!(self.number("blocks_changed"), 0, "{run}");
+        assert_eq!(self.number("blocks_zeroed"), 0, "{run}");
+        assert_eq!(self.number("bytes_changed"), 0, "{run}");
+        let data_blocks = image::data_bytes(source).div_ceil(BLOCK);
+        let bound = DIGEST_BYTES * data_blocks + SESSION_BYTES;
+        assert!(
+            self.number("bytes_wire") <= bound,
+            "bytes_wire above {bound} in {run}"
+        );
+    }
+
+    fn assert_described(&self, by: Journey) {
+        let (json, run) = (&self.json, &self.run);
+        for (field, expected) in [
+            ("operation", "disk-sync"),
+            ("method", "blocksync"),
+            ("apply", "inplace"),
+            ("verified", "streamed"),
+        ] {
+            assert_eq!(json[field], expected, "{field} in {run}");
+        }
+        assert_eq!(json["success"], true, "{run}");
+        assert_eq!(json.get("error"), None, "{run}");
+        let route = json["route"].as_str().unwrap_or_default();
+        assert!(by.routes().contains(&route), "route in {run}");
+        let id = json["operation_id"].as_str().unwrap_or_default();
+        assert_eq!(
+            (id.len(), id.matches('-').count()),
+            (36, 4),
+            "operation_id in {run}"
+        );
+        assert!(
+            json["duration_seconds"]
+                .as_f64()
+                .is_some_and(|seconds| seconds > 0.0),
+            "{run}"
+        );
+        assert!(
+            json["warnings"].is_array() && json["resumed"].is_boolean(),
+            "{run}"
+        );
+        assert!(
+            json["source"].is_string() && json["destination"].is_string(),
+            "{run}"
+        );
+    }
+
+    /// Figures against what the disks really held. A resumed run knows what an earlier one left,
+    /// which the disks under their names do not tell.
+    fn assert_counted(&self, source: &Path) {
+        let (size, run) = (image::length(source), &self.run);
+        assert_eq!(self.number("bytes_total"), size, "{run}");
+        assert_eq!(
+            self.number("bytes_data"),
+            image::data_bytes(source),
+            "bytes_data in {run}"
+        );
+        assert_eq!(self.number("blocks_total"), self.before.total, "{run}");
+        let [changed, zeroed] = ["blocks_changed", "blocks_zeroed"].map(|name| self.number(name));
+        let unchanged = self.number("blocks_unchanged");
+        assert_eq!(
+            changed + zeroed + unchanged,
+            self.before.total,
+            "blocks in {run}"
+        );
+        assert!(self.number("bytes_read_source") <= size, "{run}");
+        if self.json["resumed"] == true {
+            return;
+        }
+        assert_eq!(changed, self.before.changed, "blocks_changed in {run}");
+        assert_eq!(zeroed, self.before.zeroed, "blocks_zeroed in {run}");
+        assert_eq!(
+            self.number("bytes_changed"),
+            self.before.bytes,
+            "bytes_changed in {run}"
+        );
+    }
+}
+
+/// Claims that a fresh copy occupies no more than the source's bytes that are not zeros, by more
+/// than a hundredth and what the file system's own map takes.
+///
+/// # Panics
+/// When it occupies more.
+pub fn assert_sparse(source: &Path, copy: &Path) {
+    let needed = image::nonzero_bytes(source).min(image::allocated(source));
+    let bound = needed + needed / 100 + MAP_BYTES;
+    let taken = image::allocated(copy);
+    assert!(
+        taken <= bound,
+        "{} occupies {taken}, more than {bound}",
+        copy.display()
+    );
+}

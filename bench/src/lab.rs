@@ -1,0 +1,242 @@
+//! The place where runs happen: a directory with the images, an sshd, and the steps around a
+//! measured command.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::statvfs::statvfs;
+use tempfile::TempDir;
+
+use crate::case::Case;
+use crate::image::{self, Layout};
+use crate::janitor::Janitor;
+use crate::measure::{self, Figures, Subject, measure};
+use crate::size::Size;
+use crate::sshd::{HOST, Sshd};
+use crate::tool::{SyncResult, Tool, isolated};
+
+/// Where everything lies, for the tools' command lines.
+#[derive(Debug)]
+pub(crate) struct Paths {
+    pub(crate) source: PathBuf,
+    pub(crate) destination: PathBuf,
+    pub(crate) payload: PathBuf,
+    pub(crate) outputs: PathBuf,
+    pub(crate) ssh_config: PathBuf,
+    old: PathBuf,
+    controller: PathBuf,
+}
+
+impl Paths {
+    fn new(dir: &Path, controller: PathBuf, ssh_config: PathBuf) -> Self {
+        Self {
+            source: dir.join("source.img"),
+            old: dir.join("old.img"),
+            payload: dir.join("payload"),
+            destination: dir.join("destination/disk.img"),
+            outputs: dir.to_owned(),
+            ssh_config,
+            controller,
+        }
+    }
+
+    /// The controller with the options that every command of the bench needs.
+    pub(crate) fn controller(&self) -> Command {
+        let mut command = isolated(&self.controller, &self.outputs);
+        command
+            .arg("-F")
+            .arg(&self.ssh_config)
+            .args(["-o", "json", "--no-progress"]);
+        command
+    }
+
+    pub(crate) fn config(&self) -> Result<&str> {
+        self.ssh_config
+            .to_str()
+            .context("the path of the ssh configuration is not UTF-8")
+    }
+}
+
+/// What a run showed.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) figures: Figures,
+    /// Space that the result takes; `None` for limits.
+    pub(crate) allocated_bytes: Option<u64>,
+    /// What blocksync says of its run.
+    pub(crate) sync: Option<SyncResult>,
+}
+
+/// The place, removed when dropped.
+#[derive(Debug)]
+pub(crate) struct Lab {
+    sshd: Sshd,
+    paths: Paths,
+    layout: Layout,
+    cold: bool,
+    dir: PathBuf,
+    _janitor: Janitor,
+}
+
+impl Lab {
+    /// Makes the place and its source image, and shows blocksync the way.
+    pub(crate) fn new(
+        parent: &Path,
+        layout: Layout,
+        controller: PathBuf,
+        cold: bool,
+    ) -> Result<Self> {
+        set_child_subreaper(true).context("becoming a subreaper")?;
+        check_space(parent, layout)?;
+        let dir = TempDir::with_prefix_in("kvm-clone-bench-", parent)
+            .with_context(|| format!("making a directory in {}", parent.display()))?
+            .keep();
+        let janitor = Janitor::hire(&dir)?;
+        let sshd = Sshd::start(&dir)?;
+        let paths = Paths::new(&dir, controller, sshd.config().to_owned());
+        layout.write_source(&paths.source)?;
+        let lab = Self {
+            sshd,
+            paths,
+            layout,
+            cold,
+            dir,
+            _janitor: janitor,
+        };
+        lab.deploy()?;
+        Ok(lab)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The agent is copied to a host once, ahead of all measurements.
+    fn deploy(&self) -> Result<()> {
+        let mut command = self.paths.controller();
+        measure::run(command.args(["agent", "deploy", HOST]), &self.paths.outputs)
+    }
+
+    /// Makes the images of a case.
+    pub(crate) fn prepare(&self, case: Case) -> Result<()> {
+        if case != Case::First {
+            self.layout.write_old(&self.paths.old, case)?;
+        }
+        image::write_payload(&self.paths.payload, self.layout.bytes_to_ship(case))
+    }
+
+    /// One run, from the state that the case asks for, checked at the end.
+    pub(crate) fn measure(&self, case: Case, tool: Tool) -> Result<Outcome> {
+        // A limit of the wire has nothing to overwrite: emptying a file would count as its time.
+        self.restore(if tool.is_wire_limit() {
+            Case::First
+        } else {
+            case
+        })?;
+        let is_scan = tool == Tool::ScanLimit;
+        let subject = Subject {
+            command: tool.command(case, &self.paths)?,
+            result: (!is_scan).then_some(self.paths.destination.as_path()),
+            is_worker: tool.is_worker(),
+            outputs: &self.paths.outputs,
+        };
+        let figures = measure(subject, self.sshd.relay())?;
+        let sync = match tool {
+            Tool::Blocksync => Some(SyncResult::parse(&fs::read(
+                self.paths.outputs.join("stdout"),
+            )?)?),
+            _ => None,
+        };
+        let allocated_bytes = if is_scan { None } else { self.check(tool)? };
+        Ok(Outcome {
+            figures,
+            allocated_bytes,
+            sync,
+        })
+    }
+
+    /// Compares the result with what it should be; gives the space that a copied image takes.
+    fn check(&self, tool: Tool) -> Result<Option<u64>> {
+        use std::os::unix::fs::MetadataExt;
+
+        let expected = if tool.is_wire_limit() {
+            &self.paths.payload
+        } else {
+            &self.paths.source
+        };
+        let equal = image::equal(expected, &self.paths.destination)?;
+        ensure!(equal, "the result differs from its source");
+        let blocks = self.paths.destination.metadata()?.blocks();
+        Ok((!tool.is_wire_limit()).then_some(blocks * 512))
+    }
+
+    /// Puts the destination back to what it was before the first run.
+    fn restore(&self, case: Case) -> Result<()> {
+        let Paths {
+            source,
+            old,
+            destination,
+            payload,
+            ..
+        } = &self.paths;
+        let home = destination
+            .parent()
+            .context("the destination has no directory")?;
+        if home.exists() {
+            fs::remove_dir_all(home)?;
+        }
+        fs::create_dir(home)?;
+        let mut files = vec![source, payload];
+        if case != Case::First {
+            copy(old, destination, &self.paths.outputs)?;
+            files.push(destination);
+        }
+        if self.cold {
+            drop_caches()
+        } else {
+            warm(&files)
+        }
+    }
+}
+
+/// A copy that shares nothing: writing into a reflink would cost every tool more than writing
+/// into a file of its own.
+fn copy(from: &Path, to: &Path, outputs: &Path) -> Result<()> {
+    let mut cp = Command::new("cp");
+    measure::run(
+        cp.args(["--reflink=never", "--sparse=auto"])
+            .arg(from)
+            .arg(to),
+        outputs,
+    )?;
+    Ok(File::open(to)?.sync_all()?)
+}
+
+fn warm(files: &[&PathBuf]) -> Result<()> {
+    files
+        .iter()
+        .try_for_each(|file| image::for_each_data(file, |_| ()))
+}
+
+fn drop_caches() -> Result<()> {
+    nix::unistd::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").context("dropping the page cache")
+}
+
+/// Source, old image and payload hold the data; the destination may lose its holes.
+fn check_space(dir: &Path, layout: Layout) -> Result<()> {
+    let stat = statvfs(dir).with_context(|| format!("looking at {}", dir.display()))?;
+    let free = stat.blocks_available() * stat.fragment_size();
+    let needed = 3 * layout.data_bytes() + layout.size() + 64 * Size::MIB.0;
+    ensure!(
+        free >= needed,
+        "{} has {} MiB free, the bench needs {}: choose another place with --dir, or a smaller --size",
+        dir.display(),
+        free >> 20,
+        needed >> 20,
+    );
+    Ok(())
+}

@@ -22,3 +22,7 @@ pub mod message;
 pub mod preamble;
 pub mod sync;
 pub mod units;
+
+/// Ends the temporary name, `.NAME.kc-new`, under which a destination that did not exist is
+/// written in its directory, and kept for the next run when this one is interrupted.
+pub const PARTIAL_SUFFIX: &str = ".kc-new";

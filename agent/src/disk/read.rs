@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use bytes::Bytes;
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN};
-use kvm_clone_protocol::message::FailureCode;
+use kvm_clone_protocol::message::{Encoding, FailureCode};
 use kvm_clone_protocol::sync::{Compared, Expected, push_content};
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 
@@ -58,7 +58,7 @@ impl Disk {
                     }
                     Content::Digest(digest) => Compared::Changed {
                         digest,
-                        encoding: kvm_clone_protocol::message::Encoding::Raw,
+                        encoding: Encoding::Raw,
                         payload: Bytes::new(),
                     },
                 });

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use kvm_clone_protocol::PARTIAL_SUFFIX;
 use kvm_clone_protocol::message::{Access, FailureCode};
 use kvm_clone_protocol::units::Geometry;
 use nix::errno::Errno;
@@ -201,12 +202,12 @@ impl Disk {
 /// `.NAME.kc-new`, or a digest of the name where that would be too long.
 fn temporary_name(name: &OsStr) -> OsString {
     let mut temporary = OsString::from(".");
-    if name.len() + ".".len() + ".kc-new".len() <= NAME_MAX {
+    if name.len() + ".".len() + PARTIAL_SUFFIX.len() <= NAME_MAX {
         temporary.push(name);
     } else {
         temporary.push(&blake3::hash(name.as_bytes()).to_hex()[..32]);
     }
-    temporary.push(".kc-new");
+    temporary.push(PARTIAL_SUFFIX);
     temporary
 }
 

@@ -2,11 +2,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use kvm_clone_protocol::digest::{Content, is_zero};
 use kvm_clone_protocol::message::{Encoding, FailureCode};
-use kvm_clone_protocol::sync::WriteBlock;
+use kvm_clone_protocol::sync::{RunKind, WriteBlock};
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -176,9 +176,6 @@ impl Disk {
     /// Punches the holes of a file that is preallocated: they read as zeros but occupy space,
     /// which neither a scan nor `SEEK_DATA` shows.
     pub(super) fn punch_preallocated(&self, geometry: Geometry) -> Result<(), Failure> {
-        use kvm_clone_protocol::sync::RunKind;
-        use std::os::unix::fs::MetadataExt;
-
         let mut holes = Vec::new();
         let (mut at, mut data_bytes) = (0, 0);
         while at < geometry.block_count() {

@@ -1,11 +1,11 @@
 //! `demo`: the whole thing on a sample disk, and what travelled against what a copy would carry.
 
 use std::fs::File;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kvm_clone_protocol::PARTIAL_SUFFIX;
 use kvm_clone_protocol::units::BLOCK_SIZE;
 use serde::Serialize;
 use uuid::Uuid;
@@ -66,8 +66,8 @@ pub(super) async fn run(app: &App, host: Option<HostSpec>) -> Result<()> {
         },
     };
     let outcome = demo.play(app.format()).await;
-    demo.clean_up().await?;
-    outcome
+    let cleaned = demo.clean_up().await;
+    outcome.and(cleaned)
 }
 
 struct Demo<'a> {
@@ -124,12 +124,7 @@ impl Demo<'_> {
             return Err(error);
         }
         if format == OutputFormat::Text {
-            let carried = output::iec(result.bytes_wire.unwrap_or_default());
-            let seconds = result.duration_seconds;
-            let plain = output::iec(SIZE);
-            output::to_stdout(format!(
-                "  {title:<10}  {carried:>9} travelled in {seconds:.1} s, where a plain copy carries {plain}\n"
-            ))?;
+            output::to_stdout(line(title, operation, &result))?;
         }
         Ok(result)
     }
@@ -155,12 +150,22 @@ impl Demo<'_> {
     }
 }
 
+/// What a run did, for people.
+fn line(title: &str, operation: Operation, result: &TransferResult) -> String {
+    let carried = output::iec(result.bytes_wire.unwrap_or_default());
+    let seconds = result.duration_seconds;
+    let beside = match operation {
+        Operation::Sync => format!("where a plain copy carries {}", output::iec(SIZE)),
+        Operation::Diff | Operation::Verify => "both were read, and are equal".to_owned(),
+    };
+    format!("  {title:<10}  {carried:>9} travelled in {seconds:.1} s, {beside}\n")
+}
+
 /// Where an interrupted first copy leaves what it has.
 fn partial(path: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
-    name.push(".kc-new");
-    debug_assert!(name.as_bytes().len() < 255);
+    name.push(PARTIAL_SUFFIX);
     path.with_file_name(name)
 }
 

@@ -18,7 +18,7 @@ use kvm_clone_protocol::message::{
     Access, Commit, Committed, Control, Dial, Dialed, Ended, FailureCode, Hello, Listen, Listening,
     Message, Open, Prepare, Prepared, Progress, Role, Start, Started, Welcome,
 };
-use kvm_clone_protocol::preamble::{Preamble, SUPPORTED};
+use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
 use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
 use nix::unistd::geteuid;
@@ -177,7 +177,11 @@ impl Server {
                 let result = self.listen(&listen);
                 self.answer_or_fail(None, result);
             }
-            Control::Dial(dial) => self.dial(dial)?,
+            Control::Dial(dial) => {
+                if let Err(failure) = self.dial(dial) {
+                    self.fail(None, failure);
+                }
+            }
             Control::Start(start) => {
                 let disk = start.disk;
                 let result = self.start(&start);
@@ -231,22 +235,23 @@ impl Server {
     }
 
     fn listen(&mut self, listen: &Listen) -> Result<impl Message + use<>, Failure> {
+        let version = link_version(listen.version)?;
         let listener = Listener::bind()?;
         let listening = Listening {
             link: listen.link,
             name: listener.name().to_owned(),
             token: listener.token(),
         };
-        // The one version that this build speaks on data connections, until it speaks a second.
         self.links
-            .insert(listen.link, tokio::spawn(listener.accept(SUPPORTED.max)));
+            .insert(listen.link, tokio::spawn(listener.accept(version)));
         Ok(listening)
     }
 
     fn dial(&mut self, dial: Dial) -> Result<(), Failure> {
         let (number, answers) = (dial.link, self.answers.clone());
+        let version = link_version(dial.version)?;
         let task = tokio::spawn(async move {
-            let link = link::dial(&dial, SUPPORTED.max).await;
+            let link = link::dial(&dial, version).await;
             let frame = match &link {
                 Ok(_) => Dialed { link: dial.link }.frame(),
                 Err(failure) => failure.clone().message(None).frame(),
@@ -381,6 +386,11 @@ impl Server {
             .frame()
             .map(|frame| self.answers.send(frame));
     }
+}
+
+/// The controller's choice, if this build speaks it.
+fn link_version(version: u16) -> Result<u16, Failure> {
+    Ok(SUPPORTED.negotiate(Versions::only(version))?)
 }
 
 /// What a session needs beside the session itself.

@@ -206,7 +206,6 @@ fn a_session_needs_an_open_disk_and_a_link() {
     let start = Start {
         disk: 0,
         link: 0,
-        version: SUPPORTED.max,
         role: Role::Sender,
         params,
         compression: kvm_clone_protocol::message::Compression::Off,
@@ -226,6 +225,18 @@ fn a_session_needs_an_open_disk_and_a_link() {
 }
 
 #[test]
+fn a_link_of_a_version_that_is_not_spoken_is_refused() {
+    let mut agent = Agent::greeted();
+    agent.send(&Listen {
+        link: 0,
+        version: SUPPORTED.max + 1,
+    });
+    let (code, message) = agent.failure();
+    assert_eq!(code, FailureCode::Protocol);
+    assert!(message.contains("version"), "{message}");
+}
+
+#[test]
 fn data_on_the_control_connection_ends_it() {
     let mut agent = Agent::greeted();
     agent.send(&Credit { consumed: 1 });
@@ -235,7 +246,10 @@ fn data_on_the_control_connection_ends_it() {
 }
 
 fn listen(agent: &mut Agent) -> Listening {
-    agent.send(&Listen { link: 0 });
+    agent.send(&Listen {
+        link: 0,
+        version: SUPPORTED.max,
+    });
     match agent.next() {
         Some(Control::Listening(listening)) => listening,
         other => panic!("expected a listener, got {other:?}"),

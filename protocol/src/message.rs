@@ -203,6 +203,8 @@ pub struct Opened {
 pub struct Listen {
     /// The data connection's number on this control connection.
     pub link: u32,
+    /// The protocol version of the data connection, which both agents must understand.
+    pub version: u16,
 }
 
 /// Agent to controller: the answer to [`Listen`].
@@ -222,6 +224,8 @@ pub struct Listening {
 pub struct Dial {
     /// The data connection's number on this control connection.
     pub link: u32,
+    /// The protocol version of the data connection, the same as in [`Listen`].
+    pub version: u16,
     /// Program and arguments. `{known_hosts}` inside an argument stands for the path of a file
     /// with the lines of `known_hosts`. Empty: `attach` runs on this very host, by this binary.
     pub command: Vec<Vec<u8>>,
@@ -292,8 +296,6 @@ pub struct Start {
     pub disk: u32,
     /// The data connection's number.
     pub link: u32,
-    /// The protocol version of the data connection.
-    pub version: u16,
     /// Which half.
     pub role: Role,
     /// What both ends must agree on.

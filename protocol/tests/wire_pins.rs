@@ -177,9 +177,13 @@ fn opened() -> Pin {
 fn listen() -> Pin {
     pin!(
         Control,
-        Listen { link: 1 },
-        "01000000 05 00 0100  # 1 byte, Listen
-         01  # link"
+        Listen {
+            link: 1,
+            version: 1
+        },
+        "02000000 05 00 0200  # 2 bytes, Listen
+         01  # link
+         01  # version"
     )
 }
 
@@ -203,13 +207,15 @@ fn dial() -> Pin {
         Control,
         Dial {
             link: 2,
+            version: 1,
             command: vec![b"ssh".to_vec(), b"hv\xfe".to_vec()],
             known_hosts: b"k\n".to_vec(),
             token: Token([0xcd; 16]),
             name: "n".to_owned(),
         },
-        "1f000000 07 00 1f00  # 31 bytes, Dial
+        "20000000 07 00 2000  # 32 bytes, Dial
          02         # link
+         01         # version
          02         # command: 2 words
          03 737368  #   ssh
          03 6876fe  #   hv and a byte that is no UTF-8
@@ -234,7 +240,6 @@ fn start() -> Pin {
         Start {
             disk: 3,
             link: 2,
-            version: 1,
             role: Role::Receiver,
             params: SessionParams {
                 size: 1 << 20,
@@ -246,10 +251,9 @@ fn start() -> Pin {
             compression: Compression::Level(3),
             rate_limit: 1_000_000,
         },
-        "2f000000 09 00 2f00  # 47 bytes, Start
+        "2e000000 09 00 2e00  # 46 bytes, Start
          03      # disk
          02      # link
-         01      # version
          01      # role: Receiver
          808040  # params: size 2^20
          01      #   hash: Blake3
@@ -595,7 +599,6 @@ fn the_choices_have_their_numbers() {
     let start = |role, hash, compression| Start {
         disk: 0,
         link: 0,
-        version: 0,
         role,
         params: SessionParams {
             size: 0,

@@ -102,6 +102,7 @@ async fn transfer(
     let disks = open(pair, request, result).await?;
     let connection = route::connect(pair, request.options.route).await?;
     result.route = Some(connection.route);
+    result.protocol_version = Some(connection.version);
     let ships = request.operation == Operation::Sync && !request.dry_run;
     let session = Session {
         request,
@@ -223,8 +224,6 @@ impl Session<'_> {
         context: &Context,
         result: &mut TransferResult,
     ) -> Result<()> {
-        let version = pair.source.version().min(pair.destination.version());
-        result.protocol_version = Some(version);
         let params = self.params()?;
         for (side, role) in [
             (Side::Source, Role::Sender),
@@ -233,7 +232,6 @@ impl Session<'_> {
             let start = Start {
                 disk: DISK,
                 link: connection.link,
-                version,
                 role,
                 params,
                 compression: self.request.options.compression,

@@ -23,6 +23,8 @@ pub(super) struct Connection {
     pub(super) route: Route,
     /// The number of the link, the same on both sides.
     pub(super) link: u32,
+    /// The protocol version on it.
+    pub(super) version: u16,
     pub(super) relay: Option<Relay>,
 }
 
@@ -41,6 +43,7 @@ pub(super) async fn connect(pair: &mut Pair, choice: RouteChoice) -> Result<Conn
             Ok(Connection {
                 route: Route::Local,
                 link: 0,
+                version: link_version(pair),
                 relay: None,
             })
         }
@@ -106,6 +109,7 @@ async fn direct(pair: &mut Pair) -> Result<Connection> {
     Ok(Connection {
         route: Route::Direct,
         link: 0,
+        version: link_version(pair),
         relay: None,
     })
 }
@@ -117,12 +121,19 @@ async fn relay(pair: &mut Pair, link: u32) -> Result<Connection> {
     Ok(Connection {
         route: Route::Relay,
         link,
+        version: link_version(pair),
         relay: Some(relay),
     })
 }
 
+/// The newest version that both agents speak: each has been negotiated with this program.
+fn link_version(pair: &Pair) -> u16 {
+    pair.source.version().min(pair.destination.version())
+}
+
 async fn listen(pair: &mut Pair, side: Side, link: u32) -> Result<Listening> {
-    match pair.ask(side, &Listen { link }).await? {
+    let version = link_version(pair);
+    match pair.ask(side, &Listen { link, version }).await? {
         Control::Listening(listening) => Ok(listening),
         answer => Err(unexpected("listen", &answer)),
     }
@@ -137,6 +148,7 @@ async fn dial(
 ) -> Result<()> {
     let dial = Dial {
         link: listening.link,
+        version: link_version(pair),
         command,
         known_hosts,
         token: listening.token,

@@ -10,13 +10,14 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use kvm_clone_protocol::frame::Frame;
 use kvm_clone_protocol::message::{
-    Access, Commit, Committed, Control, Dial, Dialed, Ended, FailureCode, Hello, Listen, Listening,
-    Message, Open, Prepare, Prepared, Progress, Role, Start, Started, Welcome,
+    Access, Commit, Committed, Control, Dial, Dialed, Ended, Failed, FailureCode, Hello, Listen,
+    Listening, Message, Open, Prepare, Prepared, Progress, Role, Start, Started, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
 use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
@@ -158,7 +159,17 @@ struct Slot {
     stage: Option<Stage>,
     /// Of the session that has been started.
     geometry: Option<Geometry>,
+    milestones: Arc<Milestones>,
     session: Option<JoinHandle<()>>,
+}
+
+/// How far a disk has come. A destination is prepared only after a session that ended well, and
+/// committed only when it is prepared, whatever the controller asks.
+#[derive(Debug, Default)]
+struct Milestones {
+    ended: AtomicBool,
+    prepared: AtomicBool,
+    failed: OnceLock<FailureCode>,
 }
 
 /// More than any VM has; what a controller can make us hold is bounded.
@@ -228,6 +239,7 @@ impl Server {
             version,
             stage,
             geometry: None,
+            milestones: Arc::default(),
             session: None,
         };
         self.disks.insert(open.disk, slot);
@@ -311,6 +323,7 @@ impl Server {
             disk: start.disk,
             rate_limit: start.rate_limit,
             version: slot.version,
+            milestones: Arc::clone(&slot.milestones),
             answers: self.answers.clone(),
         };
         let pool = self.pool.clone();
@@ -323,18 +336,23 @@ impl Server {
     fn prepare(&mut self, prepare: &Prepare) -> Result<(), Failure> {
         let number = prepare.disk;
         let ready = self.disks.get(&number).and_then(|slot| {
-            let writes = slot.access == Access::Destination;
-            writes.then_some((slot.disk.clone()?, slot.geometry?))
+            let is_ready =
+                slot.access == Access::Destination && slot.milestones.ended.load(Ordering::Acquire);
+            let milestones = Arc::clone(&slot.milestones);
+            is_ready.then_some((slot.disk.clone()?, slot.geometry?, milestones))
         });
-        let Some((disk, geometry)) = ready else {
+        let Some((disk, geometry, milestones)) = ready else {
             let message = format!("prepare: disk {number} has nothing to prepare");
             return Err(Failure::new(FailureCode::Protocol, message));
         };
         let answers = self.answers.clone();
         self.pool.submit(move |_| {
             let frame = match disk.prepare(geometry) {
-                Ok(()) => Prepared { disk: number }.frame(),
-                Err(failure) => failure.message(Some(number)).frame(),
+                Ok(()) => {
+                    milestones.prepared.store(true, Ordering::Release);
+                    Prepared { disk: number }.frame()
+                }
+                Err(failure) => milestones.fail(failure, number).frame(),
             };
             let _ = frame.map(|frame| answers.send(frame));
         });
@@ -343,11 +361,16 @@ impl Server {
 
     fn commit(&mut self, commit: Commit) -> Result<impl Message + use<>, Failure> {
         for number in &commit.disks {
-            let Some(slot) = self.disks.get_mut(number) else {
-                let message = format!("commit: there is no disk {number}");
+            let slot = self.disks.get(number);
+            if !slot.is_some_and(|slot| slot.milestones.prepared.load(Ordering::Acquire)) {
+                let message = format!("commit: disk {number} is not prepared");
                 return Err(Failure::new(FailureCode::Protocol, message));
-            };
-            if let Some(stage) = &slot.stage {
+            }
+        }
+        for number in &commit.disks {
+            if let Some(slot) = self.disks.get_mut(number)
+                && let Some(stage) = &slot.stage
+            {
                 stage.commit()?;
                 slot.stage = None;
             }
@@ -363,13 +386,15 @@ impl Server {
             if let Some(session) = &slot.session {
                 session.abort();
             }
+            // Only a file that this process holds is its own to remove.
             if let (Some(stage), Some(_)) = (&slot.stage, &slot.disk) {
-                stage.abandon(FailureCode::Cancelled);
+                let code = slot.milestones.failed.get();
+                stage.abandon(code.copied().unwrap_or(FailureCode::Cancelled));
             }
         }
     }
 
-    fn answer_or_fail<M: Message>(&mut self, disk: Option<u32>, result: Result<M, Failure>) {
+    fn answer_or_fail<M: Message>(&self, disk: Option<u32>, result: Result<M, Failure>) {
         match result.and_then(|message| Ok(message.frame()?)) {
             // The queue ends with the process.
             Ok(frame) => drop(self.answers.send(frame)),
@@ -377,14 +402,20 @@ impl Server {
         }
     }
 
-    fn fail(&mut self, disk: Option<u32>, failure: Failure) {
-        if let Some(stage) = disk.and_then(|disk| self.disks.get(&disk)?.stage.clone()) {
-            stage.abandon(failure.code);
-        }
+    fn fail(&self, disk: Option<u32>, failure: Failure) {
         let _ = failure
             .message(disk)
             .frame()
             .map(|frame| self.answers.send(frame));
+    }
+}
+
+impl Milestones {
+    /// Remembers why it went no further, and tells the controller.
+    fn fail(&self, failure: Failure, disk: u32) -> Failed {
+        // The first failure is the one that counts.
+        let _ = self.failed.set(failure.code);
+        failure.message(Some(disk))
     }
 }
 
@@ -398,6 +429,7 @@ struct SessionTask {
     disk: u32,
     rate_limit: u64,
     version: Option<Version>,
+    milestones: Arc<Milestones>,
     answers: mpsc::UnboundedSender<Frame>,
 }
 
@@ -405,7 +437,7 @@ impl SessionTask {
     async fn run(self, session: Session, link: JoinHandle<Result<Link, Failure>>, pool: &Pool) {
         let frame = match self.play(session, link, pool).await {
             Ok(ended) => ended.frame(),
-            Err(failure) => failure.message(Some(self.disk)).frame(),
+            Err(failure) => self.milestones.fail(failure, self.disk).frame(),
         };
         let _ = frame.map(|frame| self.answers.send(frame));
     }
@@ -430,6 +462,7 @@ impl SessionTask {
         if let (Some(version), Some(source)) = (&self.version, source) {
             source.check_unchanged(version)?;
         }
+        self.milestones.ended.store(ships, Ordering::Release);
         Ok(Ended {
             disk,
             counters: outcome.counters,

@@ -194,6 +194,25 @@ fn requests_that_make_no_sense_are_refused_and_the_agent_lives_on() {
 }
 
 #[test]
+fn a_destination_takes_its_name_only_after_a_session_that_ended_well() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let mut agent = Agent::greeted();
+    agent.send(&Open {
+        disk: 0,
+        path: path.as_os_str().as_encoded_bytes().to_vec(),
+        access: Access::Destination,
+    });
+    assert!(matches!(agent.next(), Some(Control::Opened(_))));
+    agent.send(&Prepare { disk: 0 });
+    assert_eq!(agent.failure().0, FailureCode::Protocol);
+    agent.send(&Commit { disks: vec![0] });
+    assert_eq!(agent.failure().0, FailureCode::Protocol);
+    assert!(agent.end().0.success());
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn a_session_needs_an_open_disk_and_a_link() {
     let mut agent = Agent::greeted();
     let params = SessionParams {

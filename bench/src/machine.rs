@@ -7,7 +7,10 @@ use std::process::Command;
 /// Lines that say what matters for the figures.
 pub(crate) fn describe(dir: &Path) -> Vec<String> {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let file_system = output("stat", &["-f", "-c", "%T", &dir.to_string_lossy()]);
+    let file_system = output(
+        "findmnt",
+        &["-n", "-o", "FSTYPE", "-T", &dir.to_string_lossy()],
+    );
     vec![
         format!("{cores} cores ({}), {}", processor(), memory()),
         format!(

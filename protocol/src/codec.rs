@@ -1,4 +1,4 @@
-//! [`frame`](crate::frame) as a tokio-util codec, for the two programs that move frames through
+//! [`frame`] as a tokio-util codec, for the two programs that move frames through
 //! pipes and sockets.
 
 use bytes::BytesMut;

@@ -7,10 +7,10 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use kvm_clone_tests::controller::Run;
-use kvm_clone_tests::host::{Host, HostSpec};
+use kvm_clone_tests::host::Host;
 use kvm_clone_tests::image::{self, BLOCK, Piece};
 use kvm_clone_tests::journey::Journey;
-use kvm_clone_tests::lab::{Lab, LabSpec};
+use kvm_clone_tests::lab::Lab;
 
 /// The agents that lie in a cache directory.
 fn agents_in(cache: &Path) -> Vec<PathBuf> {
@@ -293,79 +293,4 @@ fn two_controllers_at_once_both_succeed() {
         "temporary files were left beside {}",
         cache.display()
     );
-}
-
-/// Claims that a sync works although hvA is as `change` makes it.
-fn works_with(change: impl FnOnce(HostSpec) -> HostSpec) -> Option<Lab> {
-    let lab = LabSpec::new()?.host_a(change).start();
-    sync(&lab);
-    sync(&lab);
-    Some(lab)
-}
-
-const NOEXEC: &str = "mkdir -p -m 700 /root/.cache; mount -t tmpfs -o noexec,mode=700 none";
-
-#[test]
-fn a_cache_mounted_noexec_makes_the_agent_go_elsewhere() {
-    let Some(lab) = works_with(|host| host.setup(&format!("{NOEXEC} /root/.cache"))) else {
-        return;
-    };
-    let var_tmp = lab.path("hvA/var-tmp");
-    let found = walk(&var_tmp)
-        .iter()
-        .any(|path| path.to_string_lossy().contains("agent-"));
-    assert!(found, "no agent in /var/tmp: {:?}", walk(&var_tmp));
-}
-
-#[test]
-fn a_host_on_which_nothing_can_be_executed_gets_a_clear_error() {
-    let everywhere = ["/root/.cache", "/var/tmp", "/dev/shm", "/tmp"];
-    let setup = everywhere
-        .map(|directory| format!("{NOEXEC} {directory}"))
-        .join("\n");
-    let Some(spec) = LabSpec::new() else { return };
-    let lab = spec.host_a(|host| host.setup(&setup)).start();
-    let (source, copy) = (lab.path("source"), lab.path("copy"));
-    image::write(&source, &[Piece::Random(1, BLOCK)]);
-    let run = lab.disk("sync", Journey::Relay, &source, &copy, &[]);
-    run.expect_failure(8, &["missing_requirement"], "hvA");
-    assert!(run.stderr.contains("noexec"), "{run}");
-    assert!(!copy.exists());
-}
-
-#[test]
-fn a_login_shell_that_is_dash_works() {
-    works_with(|host| host.shell("/bin/dash"));
-}
-
-#[test]
-fn a_login_shell_that_prints_a_greeting_works_or_is_named() {
-    let Some(spec) = LabSpec::new() else { return };
-    let lab = spec
-        .host_a(|host| host.bashrc("echo 'Welcome to the machine'\n"))
-        .start();
-    let (source, copy) = (lab.path("source"), lab.path("copy"));
-    image::write(&source, &[Piece::Random(1, BLOCK)]);
-    let run = lab.disk("sync", Journey::Relay, &source, &copy, &[]);
-    if run.code() == Some(0) {
-        image::assert_equal(&source, &copy);
-    } else {
-        assert!(run.stderr.contains("Welcome to the machine"), "{run}");
-        assert!(
-            run.stderr.contains("hvA") && run.stderr.contains("shell"),
-            "{run}"
-        );
-        assert!(!copy.exists());
-    }
-}
-
-/// Every path below a directory.
-fn walk(directory: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(directory) else {
-        return Vec::new();
-    };
-    let each = |path: PathBuf| walk(&path).into_iter().chain([path]).collect::<Vec<_>>();
-    entries
-        .flat_map(|entry| each(entry.unwrap().path()))
-        .collect()
 }

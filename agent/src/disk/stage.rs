@@ -144,6 +144,10 @@ impl Stage {
     }
 
     fn create_failed(&self, error: &io::Error) -> Failure {
+        if error.kind() == io::ErrorKind::AlreadyExists {
+            let message = format!("another sync of {} has just begun", self.path.display());
+            return Failure::new(FailureCode::Busy, message);
+        }
         let failure = Failure::io("creating", &self.path, error);
         let temporary = self.temporary.display();
         Failure {

@@ -7,6 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::LazyLock;
 
 mod difference;
 
@@ -140,20 +141,23 @@ impl Random {
     }
 
     fn bytes(&mut self, len: u64) -> Vec<u8> {
-        (0..len.div_ceil(8))
-            .flat_map(|_| self.draw().to_le_bytes())
-            .take(size_of(len))
-            .collect()
+        let mut bytes = Vec::with_capacity(size_of(len) + 7);
+        while bytes.len() < size_of(len) {
+            bytes.extend_from_slice(&self.draw().to_le_bytes());
+        }
+        bytes.truncate(size_of(len));
+        bytes
     }
 }
 
-/// Writes bytes that do not compress and that differ from block to block.
+/// Writes bytes that do not compress and that differ from block to block. A longer piece of the
+/// same seed starts with the shorter one.
 ///
-/// Drawing every byte is slow in a build for debugging, so blocks are cut from a table of random
+/// Drawing every byte is slow in a build for debugging, so blocks are cut from one table of random
 /// bytes at random places, and the start of each is drawn afresh.
 fn write_random(file: &File, start: u64, len: u64, seed: u64) {
+    static TABLE: LazyLock<Vec<u8>> = LazyLock::new(|| Random::new(0).bytes(2 * BLOCK));
     let mut random = Random::new(seed);
-    let table = random.bytes(2 * BLOCK);
     each_buffer(start, len, |at, len| {
         let mut buffer = Vec::with_capacity(len);
         while buffer.len() < len {
@@ -161,7 +165,7 @@ fn write_random(file: &File, start: u64, len: u64, seed: u64) {
             let place = size_of(random.below(BLOCK));
             let fresh = random.draw().to_le_bytes();
             buffer.extend_from_slice(&fresh[..step.min(8)]);
-            buffer.extend_from_slice(&table[place..place + step.saturating_sub(8)]);
+            buffer.extend_from_slice(&TABLE[place..place + step.saturating_sub(8)]);
         }
         put(file, &buffer, at);
     });
@@ -226,6 +230,8 @@ mod tests {
         let same = file(&directory, "same", &[Piece::Random(1, 3 * BLOCK + 5)]);
         let other = file(&directory, "other", &[Piece::Random(2, 3 * BLOCK + 5)]);
         assert_equal(&one, &same);
+        let shorter = file(&directory, "shorter", &[Piece::Random(1, 5000)]);
+        assert_same_start(&shorter, &one);
         assert_eq!(difference(&one, &other).changed, 4);
     }
 

@@ -726,3 +726,44 @@ fn roots_are_made_of_pinned_records() {
         );
     }
 }
+
+/// The example of PROTOCOL.md, whose values an implementation in another language also gave.
+#[test]
+fn the_example_of_the_specification_has_its_digests_and_roots() {
+    let mut seed = [0; 32];
+    seed.iter_mut().zip(0..).for_each(|(byte, n)| *byte = n);
+    let (first, last) = (vec![0xa5; 65_536], b"kvm");
+    let disk = Geometry::new(196_611).unwrap();
+    let expected = [
+        (
+            HashKind::Xxh3,
+            [
+                "8fd472de78b2c91b8920fffc66870732",
+                "92327bcbe9d29cd1d824b1d4c962fc44",
+                "cb78ca87edd918b80732eec5d102131f",
+                "3a4dc2ee88692b5f718f5f3ec6847cfa",
+            ],
+        ),
+        (
+            HashKind::Blake3,
+            [
+                "d7cde053ad23403093f204dc936db1f3",
+                "437f60814181eaf02e835600631c62d0",
+                "c8bbd66b9a8053e1dfa253bc3d647aba",
+                "0234c9938f88ffd2458204c1e366c62e",
+            ],
+        ),
+    ];
+    for (kind, values) in expected {
+        let digester = Digester::new(kind, Seed(seed));
+        let (one, other) = (digester.digest(&first), digester.digest(last));
+        let mut range = RangeHasher::new(&digester, 0);
+        range.block(&one);
+        range.zeros(2);
+        range.block(&other);
+        let range = range.finish();
+        let root = disk_root(&digester, disk, &[range]);
+        let found = [one, other, range, root].map(|digest| digest.0.to_vec());
+        assert_eq!(found, values.map(hex), "{kind:?}");
+    }
+}

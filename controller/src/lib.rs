@@ -8,6 +8,7 @@ pub mod config;
 pub mod endpoint;
 pub mod error;
 pub mod host;
+pub mod libvirt;
 mod logging;
 pub mod output;
 pub mod progress;

@@ -15,7 +15,9 @@ mod install;
 mod quote;
 mod script;
 mod session;
+mod shared;
 mod ssh;
+mod tool;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -35,6 +37,7 @@ pub use ssh::{Resolved, SshOptions};
 
 use crate::endpoint::{HostSpec, SshTarget};
 use crate::error::{Error, ErrorCode, Result};
+use shared::SharedConnection;
 use ssh::{ControlSocket, Sharing};
 
 /// How much of a command's standard error is kept.
@@ -56,6 +59,8 @@ struct Inner {
     resolved: OnceCell<Resolved>,
     /// Where the control connection listens, once there is one.
     socket: Mutex<Option<Arc<ControlSocket>>>,
+    /// The control connection that holds no agent, once it was asked for.
+    shared: OnceCell<SharedConnection>,
 }
 
 /// An agent on a host, and how it is run there.
@@ -114,6 +119,7 @@ impl Host {
             options,
             resolved: OnceCell::new(),
             socket: Mutex::new(None),
+            shared: OnceCell::new(),
         };
         Self {
             inner: Arc::new(inner),
@@ -160,9 +166,10 @@ impl Host {
         Ok(ssh::shielded(&self.script_argv(script, sharing).await?))
     }
 
-    /// The command that becomes the control connection, and where it will listen.
+    /// The command that becomes the control connection, and where it will listen. Where a shared
+    /// connection is open, it is a channel of that.
     async fn control_command(&self, script: &str) -> Result<Command> {
-        if self.is_local() {
+        if self.is_local() || self.inner.shared.initialized() {
             return self.command(script).await;
         }
         let socket = ControlSocket::new()?;

@@ -33,6 +33,9 @@ pub(super) const REMOVED: &[u8] = b"\nkvm-clone-removed ";
 /// Ahead of a file that could not be removed.
 pub(super) const KEPT: &[u8] = b"\nkvm-clone-kept ";
 
+/// Says that the login works, and stays until its standard input ends.
+pub(super) const STAY: &str = "echo; echo kvm-clone-done; exec cat >/dev/null";
+
 /// Candidates for the cache directory, in the order in which they are tried.
 pub(super) const CANDIDATES: usize = 4;
 

@@ -93,6 +93,13 @@ pub enum LogFormat {
 #[error("{0}")]
 pub struct BadValue(String);
 
+impl BadValue {
+    /// What was expected instead.
+    pub fn new(expected: impl Into<String>) -> Self {
+        Self(expected.into())
+    }
+}
+
 /// How disks are transferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "lowercase")]

@@ -11,6 +11,8 @@ mod agent;
 mod deploy;
 mod dial;
 mod facts;
+mod files;
+mod guard;
 mod install;
 mod quote;
 mod script;
@@ -32,6 +34,8 @@ use tokio::sync::OnceCell;
 pub use agent::{AgentConnection, AgentReceiver, AgentSender};
 pub use deploy::Removed;
 pub use facts::Facts;
+pub use files::{FileFacts, FileKind, Space};
+pub use guard::Guard;
 pub use install::DEFAULT_INSTALL_PATH;
 pub use ssh::{Resolved, SshOptions};
 

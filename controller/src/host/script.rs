@@ -261,6 +261,19 @@ pub(super) fn remove() -> String {
     ))
 }
 
+/// Runs `begin`, waits for a line or the end of standard input, and runs `undo`; after a line also
+/// `forget`. All three are quoted commands. A hang-up of the login does not keep it from that.
+pub(super) fn guard(begin: &str, undo: &str, forget: &str) -> String {
+    one_line(&format!(
+        r#"trap "" HUP INT TERM PIPE;
+        {begin} >/dev/null </dev/null || exit 70;
+        echo; echo kvm-clone-done;
+        l=; IFS= read -r l;
+        {undo} >/dev/null </dev/null || exit 71;
+        [ -z "$l" ] || {forget} </dev/null"#
+    ))
+}
+
 /// Writes standard input beside `path`, which only root may have a say in, and gives it back.
 ///
 /// # Errors

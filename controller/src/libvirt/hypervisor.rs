@@ -101,12 +101,21 @@ impl Hypervisor {
     /// # Errors
     /// As [`Hypervisor::virsh`].
     pub async fn virsh_with(&self, words: &[&str], input: &[u8]) -> Result<String> {
-        let all = [&["virsh", "-q", "-c", &self.uri], words].concat();
+        let all = self.words(words);
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
         let output = self.host.tool(&all, input).await?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         Err(self.explain(words, &output.stderr))
+    }
+
+    /// The command line of virsh with these words, for a host to run by itself.
+    pub fn words(&self, words: &[&str]) -> Vec<String> {
+        let all = ["virsh", "-q", "-c", &self.uri]
+            .into_iter()
+            .chain(words.iter().copied());
+        all.map(str::to_owned).collect()
     }
 
     /// What virsh's complaint means.

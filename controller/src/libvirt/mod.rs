@@ -1,6 +1,14 @@
-//! What this program knows of libvirt: domains and their definitions, pools and networks, asked
-//! of the `virsh` on each hypervisor. No libvirt library is needed here.
+//! What this program knows of libvirt: domains and their definitions, disk images, pools and
+//! networks, asked of the `virsh` and `qemu-img` on each hypervisor. No libvirt library is needed
+//! here.
 
+mod capabilities;
+pub mod definition;
+mod domain;
 mod hypervisor;
+mod image;
 
+pub use capabilities::{DomainCapabilities, Memory, Pool};
+pub use domain::Domain;
 pub use hypervisor::{DomainState, Hypervisor};
+pub use image::Image;

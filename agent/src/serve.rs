@@ -288,8 +288,7 @@ impl Server {
             .disks
             .get_mut(&start.disk)
             .ok_or_else(|| refused("no such disk"))?;
-        if slot.session.is_some() || (start.role == Role::Sender) != (slot.access == Access::Source)
-        {
+        if slot.session.is_some() || (start.role == Role::Sender) != slot.access.is_source() {
             return Err(refused("this disk is open for something else"));
         }
         if params.ship && slot.access == Access::Compare {

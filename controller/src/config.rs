@@ -10,15 +10,16 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml_edit::DocumentMut;
 
-use crate::cli::options::{CompressChoice, HashChoice, Method, Rate, TimeLimit};
+use crate::cli::options::{CompressChoice, HashChoice, Rate, TimeLimit};
 use crate::error::{Error, ErrorCode, Result};
-use crate::transfer::RouteChoice;
+use crate::transfer::{MethodChoice, RouteChoice};
 
 /// What `config init` writes: every key, with what holds without it.
 const TEMPLATE: &str = "\
 # Defaults for kvm-clone-ctl. An option on the command line wins over this file.
 
-# How disks are transferred.
+# How disks are transferred: \"rsync\", \"libvirt\", \"blocksync\" or \"auto\". Without it, whole VMs
+# by rsync, and single disks by blocksync.
 #method = \"blocksync\"
 
 # How the agents reach each other: \"auto\", \"direct\" or \"relay\".
@@ -51,7 +52,7 @@ const TEMPLATE: &str = "\
 #[expect(missing_docs, reason = "each field is the option of the same name")]
 pub struct Config {
     #[serde(deserialize_with = "parsed")]
-    pub method: Option<Method>,
+    pub method: Option<MethodChoice>,
     #[serde(deserialize_with = "parsed")]
     pub route: Option<RouteChoice>,
     #[serde(deserialize_with = "parsed")]
@@ -81,7 +82,7 @@ pub struct Key {
 pub const KEYS: [Key; 10] = [
     Key {
         name: "method",
-        default: Some("blocksync"),
+        default: None,
     },
     Key {
         name: "route",
@@ -417,7 +418,7 @@ mod tests {
                 "# x\nroute = \"teleport\"\n",
                 "expected auto, direct or relay",
             ),
-            ("# x\nmethod = \"rsync\"\n", "only blocksync"),
+            ("# x\nmethod = \"ftp\"\n", "expected rsync"),
             ("# x\nroute\n", "line 2"),
         ] {
             let (_directory, config) = file(text);

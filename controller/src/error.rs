@@ -175,6 +175,25 @@ impl Error {
         }
     }
 
+    /// Says more behind the message.
+    #[must_use]
+    pub fn with_note(mut self, note: impl AsRef<str>) -> Self {
+        self.message = format!("{}; {}", self.message, note.as_ref());
+        self
+    }
+
+    /// The same failure without its causes' types, for another owner: the message and the causes
+    /// on one line, with code and hint.
+    #[must_use]
+    pub fn like(&self) -> Self {
+        Self {
+            code: self.code,
+            message: self.one_line(),
+            hint: self.hint.clone(),
+            cause: None,
+        }
+    }
+
     /// Who has to act.
     pub fn code(&self) -> ErrorCode {
         self.code

@@ -13,3 +13,4 @@ mod logging;
 pub mod output;
 pub mod progress;
 pub mod transfer;
+pub mod vm;

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::cli::options::OutputFormat;
 use crate::error::{Error, ErrorCode, Result};
 use crate::transfer::TransferResult;
+use crate::vm::VmResult;
 
 /// Writes to standard output. A closed pipe ends the output and nothing else.
 ///
@@ -125,6 +126,65 @@ pub fn transfer_text(result: &TransferResult) -> String {
         .fold(headline(result), |text, (name, value)| {
             text + &format!("  {name:width$}  {value}\n")
         })
+}
+
+/// The result of an operation on a whole VM, for people.
+pub fn vm_text(result: &VmResult) -> String {
+    let mut text = format!(
+        "{}: {} of {} -> {} of {}{}\n",
+        result.operation,
+        printable(&result.vm),
+        result.source,
+        printable(&result.target_vm),
+        result.destination,
+        if result.dry_run {
+            " (dry run; nothing was changed)"
+        } else {
+            ""
+        },
+    );
+    if let Some(plan) = &result.plan {
+        text += &format!("  {:12}  {}\n", "uuid", plan.uuid);
+        for mac in &plan.macs {
+            text += &format!("  {:12}  {mac}\n", "interface");
+        }
+        for file in &plan.files {
+            text += &format!(
+                "  {:12}  {} -> {} ({} of data)\n",
+                file.target,
+                printable(&file.source),
+                printable(&file.destination),
+                iec(file.bytes_data)
+            );
+        }
+    }
+    for disk in &result.disks {
+        let figure = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), iec);
+        let transfer = &disk.transfer;
+        text += &format!(
+            "  {:12}  {}: {} of {} data{}, {} on the wire{}\n",
+            disk.target,
+            transfer.method,
+            figure(transfer.bytes_changed),
+            figure(transfer.bytes_data),
+            if result.operation == "verify" {
+                " differ"
+            } else {
+                " changed"
+            },
+            figure(transfer.bytes_wire),
+            route(transfer)
+                .split_once(" by ")
+                .map_or(String::new(), |(_, by)| format!(", by {by}")),
+        );
+    }
+    for checkpoint in &result.checkpoints {
+        text += &format!("  {:12}  {}\n", "checkpoint", printable(checkpoint));
+    }
+    for difference in result.definition_differences.iter().flatten() {
+        text += &format!("  {:12}  {}\n", "definition", printable(difference));
+    }
+    text + &format!("  {:12}  {:.1} s\n", "time", result.duration_seconds)
 }
 
 fn headline(result: &TransferResult) -> String {

@@ -150,6 +150,15 @@ pub enum Access {
     Destination,
     /// Read it to compare; it must exist.
     Compare,
+    /// Read it although it may be in use; it must exist. What is read may be torn.
+    LiveSource,
+}
+
+impl Access {
+    /// Whether a sender reads it.
+    pub fn is_source(self) -> bool {
+        matches!(self, Self::Source | Self::LiveSource)
+    }
 }
 
 /// Controller to agent: open a disk under a number of the controller's choice.

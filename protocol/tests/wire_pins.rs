@@ -579,8 +579,13 @@ fn the_choices_have_their_numbers() {
         path: Vec::new(),
         access,
     };
-    let accesses = [Access::Source, Access::Destination, Access::Compare];
-    assert_eq!(accesses.map(|a| byte_of(&open(a), 2)), [0, 1, 2]);
+    let accesses = [
+        Access::Source,
+        Access::Destination,
+        Access::Compare,
+        Access::LiveSource,
+    ];
+    assert_eq!(accesses.map(|a| byte_of(&open(a), 2)), [0, 1, 2, 3]);
 
     let opened = |kind| Opened {
         disk: 0,

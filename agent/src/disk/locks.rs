@@ -32,7 +32,7 @@ impl Disk {
         }
         match access {
             Access::Source => self.check_free(&[WRITER, RESIZER]),
-            Access::Compare => Ok(()),
+            Access::Compare | Access::LiveSource => Ok(()),
             Access::Destination => {
                 self.check_free(&[ANY_USE, WRITER, RESIZER])?;
                 self.lock(NO_OTHER_WRITER)

@@ -6,7 +6,7 @@ use super::App;
 use super::options::{CompareArgs, DiskArgs, OutputFormat, TransferArgs};
 use crate::error::Result;
 use crate::output;
-use crate::transfer::{self, Operation, Request};
+use crate::transfer::{self, MethodChoice, Operation, Request};
 
 /// What can be done with two disks.
 #[derive(Debug, Subcommand)]
@@ -38,7 +38,7 @@ pub(super) struct Compare {
 pub(super) async fn run(app: &App, command: Command) -> Result<()> {
     let request = match command {
         Command::Sync(sync) => {
-            let options = sync.transfer.resolve(&app.config);
+            let options = sync.transfer.resolve(&app.config, MethodChoice::Blocksync);
             sync.disks
                 .request(Operation::Sync, options, sync.transfer.dry_run)?
         }

@@ -10,12 +10,11 @@ use bytesize::ByteSize;
 use clap::{ArgAction, Args, ValueEnum};
 use kvm_clone_protocol::digest::HashKind;
 use kvm_clone_protocol::message::Compression;
-use serde::Serialize;
 
 use crate::config::Config;
 use crate::endpoint::DiskSpec;
 use crate::error::{Error, Result};
-use crate::transfer::{Operation, Options, Request, RouteChoice, Verification};
+use crate::transfer::{MethodChoice, Operation, Options, Request, RouteChoice, Verification};
 
 /// The options that every command takes.
 #[derive(Debug, Clone, Args)]
@@ -100,27 +99,16 @@ impl BadValue {
     }
 }
 
-/// How disks are transferred.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    /// The pair of agents.
-    #[default]
-    Blocksync,
-}
-
-impl FromStr for Method {
+impl FromStr for MethodChoice {
     type Err = BadValue;
 
     fn from_str(text: &str) -> Result<Self, BadValue> {
         match text {
+            "rsync" => Ok(Self::Rsync),
+            "libvirt" => Ok(Self::Libvirt),
             "blocksync" => Ok(Self::Blocksync),
-            "rsync" | "libvirt" | "auto" => Err(BadValue(format!(
-                "this version has only blocksync, and not yet \"{text}\""
-            ))),
-            _ => Err(BadValue(
-                "the only method of this version is blocksync".to_owned(),
-            )),
+            "auto" => Ok(Self::Auto),
+            _ => Err(BadValue::new("expected rsync, libvirt, blocksync or auto")),
         }
     }
 }
@@ -249,9 +237,10 @@ impl FromStr for TimeLimit {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Transfer options")]
 pub struct TransferArgs {
-    /// How to transfer: blocksync
+    /// How to transfer: rsync, libvirt (scp from host to host), blocksync (only what differs), or
+    /// auto
     #[arg(long, alias = "transfer-method", value_name = "METHOD")]
-    pub method: Option<Method>,
+    pub method: Option<MethodChoice>,
     /// Ship at most so many bytes a second, such as 100M
     #[arg(long, value_name = "RATE")]
     pub bandwidth_limit: Option<Rate>,
@@ -287,11 +276,12 @@ pub struct CompareArgs {
 }
 
 impl TransferArgs {
-    /// The command line, over the configuration, over the defaults. There is one method, and one
-    /// way to apply, so those two decide nothing yet.
-    pub fn resolve(&self, config: &Config) -> Options {
+    /// The command line, over the configuration, over the defaults; `method` is the command's. There
+    /// is one way to apply, so that decides nothing yet.
+    pub fn resolve(&self, config: &Config, method: MethodChoice) -> Options {
         let default = Options::default();
         Options {
+            method: self.method.or(config.method).unwrap_or(method),
             bandwidth_limit: self
                 .bandwidth_limit
                 .or(config.bandwidth_limit)
@@ -383,14 +373,6 @@ mod tests {
     }
 
     #[test]
-    fn methods_of_other_versions_are_named_as_such() {
-        for text in ["rsync", "libvirt", "auto"] {
-            let error = text.parse::<Method>().unwrap_err().to_string();
-            assert!(error.contains("only blocksync"), "{error}");
-        }
-    }
-
-    #[test]
     fn the_command_line_wins_over_the_configuration_and_that_over_the_defaults() {
         let config = Config {
             hash: Some(HashChoice(HashKind::Blake3)),
@@ -404,7 +386,8 @@ mod tests {
             },
             ..TransferArgs::default()
         };
-        let options = args.resolve(&config);
+        let options = args.resolve(&config, MethodChoice::Rsync);
+        assert_eq!(options.method, MethodChoice::Rsync);
         assert_eq!(options.route, RouteChoice::Relay);
         assert_eq!(options.hash, HashKind::Blake3);
         assert_eq!(options.compression, Compression::Auto);

@@ -31,6 +31,25 @@ const OPTIONS: [&str; 15] = [
     "ServerAliveCountMax=3",
 ];
 
+/// All that another host must know to come here.
+#[derive(Debug, Clone)]
+pub struct Reach {
+    /// Values for `ssh -o`; [`KNOWN_HOSTS`] in one stands for the path of a file with
+    /// `known_hosts`.
+    pub options: Vec<String>,
+    /// Name or address.
+    pub hostname: String,
+    /// The login.
+    pub user: String,
+    /// The port.
+    pub port: u16,
+    /// Lines of a known_hosts file.
+    pub known_hosts: Vec<u8>,
+}
+
+/// Stands for the path of a file with host keys, which is known only where ssh is started.
+pub(super) const KNOWN_HOSTS: &str = "{known_hosts}";
+
 impl Host {
     /// Program and arguments with which another host reaches the agent here, and the known_hosts
     /// lines that go with them. `name` is what `attach` is told.
@@ -43,28 +62,43 @@ impl Host {
         agent: &AgentPath,
         name: &str,
     ) -> Result<(Vec<Vec<u8>>, Vec<u8>)> {
+        let reach = self.reach().await?;
+        let mut argv: Vec<Vec<u8>> = ["ssh", "-T", "-e", "none"].map(Into::into).to_vec();
+        for option in &reach.options {
+            argv.extend([b"-o".to_vec(), option.clone().into_bytes()]);
+        }
+        argv.extend([
+            b"-p".to_vec(),
+            reach.port.to_string().into(),
+            b"-l".to_vec(),
+            reach.user.clone().into(),
+        ]);
+        argv.extend([b"--".to_vec(), reach.hostname.clone().into()]);
+        let mut remote = b"exec ".to_vec();
+        remote.extend(quote::command(agent.attach_words(name)?)?.into_encoded_bytes());
+        argv.push(remote);
+        Ok((argv, reach.known_hosts))
+    }
+
+    /// How another host reaches this one.
+    ///
+    /// # Errors
+    /// As [`Host::dial_command`].
+    pub async fn reach(&self) -> Result<Reach> {
         let Some(resolved) = self.resolved().await? else {
             return Err(Error::new(
                 ErrorCode::MissingRequirement,
                 "this machine, as \"local\", has no name that another host could reach it by",
             ));
         };
-        let known_hosts = self.known_hosts(resolved).await?;
-        let mut argv: Vec<Vec<u8>> = ["ssh", "-T", "-e", "none"].map(Into::into).to_vec();
-        for option in OPTIONS.into_iter().chain(ssh::fast_cipher(resolved)) {
-            argv.extend([b"-o".to_vec(), option.into()]);
-        }
-        argv.extend([
-            b"-p".to_vec(),
-            resolved.port.to_string().into(),
-            b"-l".to_vec(),
-            resolved.user.clone().into(),
-        ]);
-        argv.extend([b"--".to_vec(), resolved.hostname.clone().into()]);
-        let mut remote = b"exec ".to_vec();
-        remote.extend(quote::command(agent.attach_words(name)?)?.into_encoded_bytes());
-        argv.push(remote);
-        Ok((argv, known_hosts))
+        let fixed = OPTIONS.into_iter().chain(ssh::fast_cipher(resolved));
+        Ok(Reach {
+            options: fixed.map(str::to_owned).collect(),
+            hostname: resolved.hostname.clone(),
+            user: resolved.user.clone(),
+            port: resolved.port,
+            known_hosts: self.known_hosts(resolved).await?,
+        })
     }
 
     /// The keys of this host that this machine trusts, filed under the name that ssh on another

@@ -31,6 +31,8 @@ pub struct FileFacts {
     pub modified: String,
     /// Its number on its file system.
     pub inode: u64,
+    /// The number of its file system, as the kernel has it.
+    pub device: u64,
 }
 
 /// The file system under a directory.
@@ -70,7 +72,7 @@ impl Host {
     /// # Errors
     /// When the host cannot be reached, or may not look.
     pub async fn file_facts(&self, path: &str) -> Result<Option<FileFacts>> {
-        let words = ["stat", "-L", "-c", "%s %b %B %.9Y %i %F", "--", path];
+        let words = ["stat", "-L", "-c", "%s %b %B %.9Y %i %d %F", "--", path];
         let output = self.tool(&words, b"").await?;
         if !output.status.success() {
             return if is_missing(&output.stderr) {
@@ -187,7 +189,7 @@ fn is_missing(stderr: &str) -> bool {
 }
 
 fn parse_facts(said: &str) -> Option<FileFacts> {
-    let mut words = said.splitn(6, ' ');
+    let mut words = said.splitn(7, ' ');
     let size_bytes = words.next()?.parse().ok()?;
     let blocks: u64 = words.next()?.parse().ok()?;
     let block_bytes: u64 = words.next()?.parse().ok()?;
@@ -196,6 +198,7 @@ fn parse_facts(said: &str) -> Option<FileFacts> {
         allocated_bytes: blocks.checked_mul(block_bytes)?,
         modified: words.next()?.to_owned(),
         inode: words.next()?.parse().ok()?,
+        device: words.next()?.parse().ok()?,
         kind: match words.next()? {
             "regular file" | "regular empty file" => FileKind::File,
             "block special file" => FileKind::Device,
@@ -246,7 +249,7 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(names.unwrap(), ["-a 'b\" $(c)"]);
-        host.remove(&[odd.clone()]).await.unwrap();
+        host.remove(std::slice::from_ref(&odd)).await.unwrap();
         assert_eq!(host.file_facts(&odd).await.unwrap(), None);
     }
 

@@ -10,6 +10,7 @@
 mod agent;
 mod deploy;
 mod dial;
+mod errand;
 mod facts;
 mod files;
 mod guard;
@@ -20,6 +21,7 @@ mod session;
 mod shared;
 mod ssh;
 mod tool;
+mod way;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -33,11 +35,14 @@ use tokio::sync::OnceCell;
 
 pub use agent::{AgentConnection, AgentReceiver, AgentSender};
 pub use deploy::Removed;
+pub use dial::Reach;
+pub use errand::Errand;
 pub use facts::Facts;
 pub use files::{FileFacts, FileKind, Space};
 pub use guard::Guard;
 pub use install::DEFAULT_INSTALL_PATH;
 pub use ssh::{Resolved, SshOptions};
+pub use way::Way;
 
 use crate::endpoint::{HostSpec, SshTarget};
 use crate::error::{Error, ErrorCode, Result};

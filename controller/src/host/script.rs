@@ -261,6 +261,33 @@ pub(super) fn remove() -> String {
     ))
 }
 
+/// Runs a quoted command that ends with standard input: when that ends, so does the command, with
+/// all that it started. `known_hosts` are lines that it finds in the file `$k`, which has no name
+/// by then, so that nothing is left of it.
+///
+/// # Errors
+/// For a line that cannot be quoted.
+pub(super) fn errand(command: &str, known_hosts: &[u8]) -> Result<String> {
+    let mut lines = String::new();
+    for line in known_hosts
+        .split(|byte| *byte == b'\n')
+        .filter(|line| line.len() > 1)
+    {
+        lines = lines + " " + &word(line)?;
+    }
+    Ok(one_line(&format!(
+        r#"umask 077; k=$(mktemp) || exit 70;
+        for l in{lines}; do printf "%s" "$l"; echo; done >"$k";
+        exec 9<"$k"; rm -f "$k"; k=/proc/$$/fd/9;
+        exec 8<&0;
+        {command} </dev/null 8<&- & p=$!;
+        ( cat <&8 >/dev/null; kill $p ) >/dev/null 2>&1 9<&- & w=$!;
+        wait $p; r=$?;
+        kill $w 2>/dev/null;
+        exit $r"#
+    )))
+}
+
 /// Runs `begin`, waits for a line or the end of standard input, and runs `undo`; after a line also
 /// `forget`. All three are quoted commands. A hang-up of the login does not keep it from that.
 pub(super) fn guard(begin: &str, undo: &str, forget: &str) -> String {

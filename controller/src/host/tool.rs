@@ -18,10 +18,10 @@ impl Host {
     /// When the host cannot be reached; missing requirement, when it has no such program or sudo
     /// refuses it.
     pub async fn tool(&self, words: &[&str], input: &[u8]) -> Result<Output> {
-        let script = self.tool_words(words)?;
-        let output = self
-            .run(&format!("exec {script}"), input, MAX_OUTPUT)
-            .await?;
+        let script = format!("exec {}", self.tool_words(words)?);
+        // Many callers wait for several of these, and would be large for it.
+        let run = Box::pin(self.run(&script, input, MAX_OUTPUT));
+        let output = run.await?;
         let name = words.first().copied().unwrap_or_default();
         if output.status.code() == Some(NOT_FOUND) {
             return Err(self.lacks(name).caused_by(output.stderr.trim().to_owned()));

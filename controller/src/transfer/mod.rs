@@ -1,56 +1,109 @@
-//! Transfers of disks by blocksync: two agents, a route between them, one session, one commit.
+//! Transfers of disks: one disk made to hold what another holds, by one of three methods.
 //!
 //! ```text
-//!  connect ─ open both disks ─ check ─ route ─ start ─ session … ended ─ prepare ─ commit
+//!  run ─ choose the method ─ Method::transfer ─ result
+//!                            ├ blocksync   two agents that ship what differs
+//!                            ├ rsync       rsync on the source host
+//!                            └ scp         method "libvirt": scp on the source host
 //! ```
 
-mod pair;
-mod relay;
+mod blocksync;
+mod choice;
+mod copy;
 mod request;
 mod result;
-mod route;
+mod rsync;
+mod scp;
 
-use std::os::unix::ffi::OsStrExt as _;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use kvm_clone_protocol::digest::Seed;
-use kvm_clone_protocol::message::{
-    Access, Commit, Control, Counters, DiskKind, Ended, Open, Opened, Prepare, Role, SessionParams,
-    Start,
-};
-use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 use tokio_util::sync::CancellationToken;
 
-use crate::endpoint::DiskSpec;
+use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, SshOptions};
-use crate::progress::Progress;
-use pair::{Pair, Side, unexpected};
-pub use request::{Operation, Options, Request, RouteChoice, Verification};
+use crate::progress::Style;
+pub use choice::{Choice, first_copy};
+pub use request::{LiveRead, MethodChoice, Operation, Options, Request, RouteChoice, Verification};
 pub use result::{Route, TransferResult};
-use route::Connection;
 
-/// The one disk's number on both control connections.
-const DISK: u32 = 0;
-
-/// What a transfer needs from the program around it.
-#[derive(Debug)]
+/// What a transfer needs from the program around it. Clones share everything.
+#[derive(Debug, Clone)]
 pub struct Context {
     /// How hosts are reached.
     pub ssh: Arc<SshOptions>,
     /// The user wants to stop.
     pub cancelled: CancellationToken,
     /// Whether, and how, progress is shown.
-    pub progress: crate::progress::Style,
+    pub progress: Style,
+    /// The hosts so far: who is named twice is connected to once.
+    hosts: Arc<Mutex<Vec<Host>>>,
+}
+
+impl Context {
+    /// No hosts yet.
+    pub fn new(ssh: Arc<SshOptions>, cancelled: CancellationToken, progress: Style) -> Self {
+        Self {
+            ssh,
+            cancelled,
+            progress,
+            hosts: Arc::default(),
+        }
+    }
+
+    /// The host of this name, with the connection that it has already.
+    pub fn host(&self, spec: &HostSpec) -> Host {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = hosts.iter().find(|host| host.spec() == spec) {
+            return known.clone();
+        }
+        let host = Host::new(spec.clone(), Arc::clone(&self.ssh));
+        hosts.push(host.clone());
+        host
+    }
+
+    /// The same, to be cancelled by itself as well.
+    pub(crate) fn child(&self) -> Self {
+        Self {
+            cancelled: self.cancelled.child_token(),
+            ..self.clone()
+        }
+    }
+}
+
+/// Work that goes on, and how it ends.
+type Working<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
+/// A way to make one disk hold what another holds.
+trait Method: Send + Sync {
+    /// As results name it.
+    fn name(&self) -> &'static str;
+
+    /// Does what the request asks, and counts in the result. Dropped before it has ended, it
+    /// leaves nothing running here; [`Method::end`] sees to the hosts.
+    fn transfer<'a>(
+        &'a mut self,
+        context: &'a Context,
+        request: &'a Request,
+        result: &'a mut TransferResult,
+    ) -> Working<'a>;
+
+    /// Ends in order what the transfer has opened, however it ended.
+    fn end<'a>(
+        &'a mut self,
+        _done: &'a Result<()>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(async {})
+    }
 }
 
 /// Does what the request asks. A failure is part of the result.
 pub async fn run(context: &Context, request: &Request) -> TransferResult {
     let started = Instant::now();
     let mut result = TransferResult::new(request);
-    let done = supervised(context, request, &mut result).await;
-    match done {
+    match supervised(context, request, &mut result).await {
         Ok(()) => result.success = true,
         Err(error) => result.error = Some(error),
     }
@@ -58,7 +111,7 @@ pub async fn run(context: &Context, request: &Request) -> TransferResult {
     result
 }
 
-/// Until it is done, the user wants to stop, or the time is over; then both agents are told.
+/// Until it is done, the user wants to stop, or the time is over.
 async fn supervised(
     context: &Context,
     request: &Request,
@@ -71,295 +124,26 @@ async fn supervised(
             None => std::future::pending().await,
         }
     };
-    let mut connected = None;
-    let done = tokio::select! {
-        done = transfer(context, request, &mut connected, result) => done,
-        () = context.cancelled.cancelled() => Err(Error::new(ErrorCode::Cancelled, "stopped by the user")
-            .hint("the same command takes the run up again")),
-        () = over => Err(Error::new(ErrorCode::Timeout, "the time given with --timeout is over")
-            .hint("the same command takes the run up again")),
+    let mut method: Option<Box<dyn Method>> = None;
+    let work = async {
+        let chosen = choice::choose(context, request).await?;
+        let method = method.insert(chosen.method);
+        result.method = method.name();
+        result.method_reason = chosen.reason;
+        method.transfer(context, request, result).await
     };
-    match (connected, &done) {
-        (Some(pair), Ok(())) => pair.close().await,
-        (Some(pair), Err(error)) => pair.abort(&error.one_line()).await,
-        (None, _) => {}
+    let again = "the same command takes the run up again";
+    let done = tokio::select! {
+        done = work => done,
+        () = context.cancelled.cancelled() => {
+            Err(Error::new(ErrorCode::Cancelled, "stopped by the user").hint(again))
+        }
+        () = over => {
+            Err(Error::new(ErrorCode::Timeout, "the time given with --timeout is over").hint(again))
+        }
+    };
+    if let Some(mut method) = method {
+        method.end(&done).await;
     }
     done
-}
-
-async fn transfer(
-    context: &Context,
-    request: &Request,
-    connected: &mut Option<Pair>,
-    result: &mut TransferResult,
-) -> Result<()> {
-    let host = |disk: &DiskSpec| Host::new(disk.host.clone(), Arc::clone(&context.ssh));
-    let (source, destination) = (host(&request.source), host(&request.destination));
-    let pair = connected.insert(Pair::connect(&source, &destination).await?);
-    for agent in [&pair.source, &pair.destination] {
-        result.warnings.extend_from_slice(agent.warnings());
-    }
-    let disks = open(pair, request, result).await?;
-    let connection = route::connect(pair, request.options.route).await?;
-    result.route = Some(connection.route);
-    result.protocol_version = Some(connection.version);
-    let ships = request.operation == Operation::Sync && !request.dry_run;
-    let session = Session {
-        request,
-        disks: &disks,
-        ships,
-    };
-    session.run(pair, connection, context, result).await?;
-    if ships {
-        commit(pair).await?;
-        if request.options.verify == Verification::Streamed {
-            result.verified = "streamed";
-        }
-    }
-    if request.operation == Operation::Verify {
-        return equal(&disks, result);
-    }
-    Ok(())
-}
-
-/// What both paths turned out to be.
-#[derive(Debug)]
-struct Disks {
-    source: Opened,
-    destination: Opened,
-}
-
-/// Opens both disks, and refuses what cannot end well before anything is changed.
-async fn open(pair: &mut Pair, request: &Request, result: &mut TransferResult) -> Result<Disks> {
-    let writes = request.operation == Operation::Sync;
-    // A dry run looks at a destination as a run would, and tells of one that is not there.
-    let access = if writes {
-        Access::Destination
-    } else {
-        Access::Compare
-    };
-    let source = open_one(pair, Side::Source, &request.source, Access::Source).await?;
-    let destination = open_one(pair, Side::Destination, &request.destination, access).await?;
-    result.bytes_total = Some(source.size);
-    result.blocks_total = Some(source.size.div_ceil(BLOCK_SIZE));
-    result.resumed = destination.resumed && !request.dry_run;
-    let disks = Disks {
-        source,
-        destination,
-    };
-    check_distinct(pair, request, &disks)?;
-    check_sizes(request, &disks, result)?;
-    Ok(disks)
-}
-
-async fn open_one(pair: &mut Pair, side: Side, disk: &DiskSpec, access: Access) -> Result<Opened> {
-    let path = disk.path.as_os_str().as_bytes().to_vec();
-    match pair
-        .ask(
-            side,
-            &Open {
-                disk: DISK,
-                path,
-                access,
-            },
-        )
-        .await?
-    {
-        Control::Opened(opened) => Ok(opened),
-        answer => Err(unexpected("open", &answer)),
-    }
-}
-
-/// One kernel, one identity: one and the same storage.
-fn check_distinct(pair: &Pair, request: &Request, disks: &Disks) -> Result<()> {
-    let one_kernel = pair.source.welcome().boot_id == pair.destination.welcome().boot_id;
-    let same =
-        disks.source.identity.is_some() && disks.source.identity == disks.destination.identity;
-    if one_kernel && same {
-        let (source, destination) = (&request.source, &request.destination);
-        let message = format!("{source} and {destination} are one and the same disk");
-        return Err(Error::new(ErrorCode::Refused, message));
-    }
-    Ok(())
-}
-
-fn check_sizes(request: &Request, disks: &Disks, result: &mut TransferResult) -> Result<()> {
-    let (source, destination) = (&disks.source, &disks.destination);
-    if Geometry::new(source.size).is_none() {
-        let message = format!("{} is larger than any disk may be", request.source);
-        return Err(Error::new(ErrorCode::Refused, message));
-    }
-    if destination.kind != DiskKind::Device {
-        return Ok(());
-    }
-    if destination.size < source.size {
-        let message = format!(
-            "the device {} has {} bytes, {} has {}",
-            request.destination, destination.size, request.source, source.size
-        );
-        return Err(Error::new(ErrorCode::NoSpace, message).hint("take a larger device"));
-    }
-    if destination.size > source.size {
-        result.warnings.push(format!(
-            "the device {} is larger than the source: its last {} bytes are left as they are",
-            request.destination,
-            destination.size - source.size
-        ));
-    }
-    Ok(())
-}
-
-/// One pass over the disk.
-struct Session<'a> {
-    request: &'a Request,
-    disks: &'a Disks,
-    ships: bool,
-}
-
-impl Session<'_> {
-    async fn run(
-        &self,
-        pair: &mut Pair,
-        mut connection: Connection,
-        context: &Context,
-        result: &mut TransferResult,
-    ) -> Result<()> {
-        let params = self.params()?;
-        for (side, role) in [
-            (Side::Source, Role::Sender),
-            (Side::Destination, Role::Receiver),
-        ] {
-            let start = Start {
-                disk: DISK,
-                link: connection.link,
-                role,
-                params,
-                compression: self.request.options.compression,
-                rate_limit: match role {
-                    Role::Sender => self.request.options.bandwidth_limit.unwrap_or(0),
-                    Role::Receiver => 0,
-                },
-            };
-            match pair.ask(side, &start).await? {
-                Control::Started(_) => {}
-                answer => return Err(unexpected("start", &answer)),
-            }
-        }
-        let mut progress = Progress::new(params.size, &context.progress);
-        let ended = self.watch(pair, &mut progress, result).await;
-        progress.finish();
-        match ended {
-            Err(error) if error.code() == ErrorCode::Interrupted => match &mut connection.relay {
-                Some(relay) => Err(relay.failure().await.unwrap_or(error)),
-                None => Err(error),
-            },
-            ended => ended,
-        }
-    }
-
-    fn params(&self) -> Result<SessionParams> {
-        let mut seed = [0; 32];
-        getrandom::fill(&mut seed).map_err(|error| {
-            Error::new(ErrorCode::Internal, "the system gives no random numbers").caused_by(error)
-        })?;
-        let destination = &self.disks.destination;
-        Ok(SessionParams {
-            size: self.disks.source.size,
-            hash: self.request.options.hash,
-            seed: Seed(seed),
-            compare: destination.kind != DiskKind::Missing || (self.ships && destination.resumed),
-            ship: self.ships,
-        })
-    }
-
-    /// Until both halves have ended.
-    async fn watch(
-        &self,
-        pair: &mut Pair,
-        progress: &mut Progress,
-        result: &mut TransferResult,
-    ) -> Result<()> {
-        let (mut sent, mut received): (Option<Ended>, Option<Ended>) = (None, None);
-        loop {
-            if let (Some(sent), Some(received)) = (&sent, &received) {
-                return self.agree(sent, received);
-            }
-            match pair.next().await? {
-                (Side::Source, Control::Progress(news)) => result.count_sender(&news.counters),
-                (Side::Destination, Control::Progress(news)) => {
-                    result.count_receiver(&news.counters);
-                    show(progress, &news.counters, result.bytes_read_source);
-                }
-                (Side::Source, Control::Ended(ended)) => {
-                    result.count_sender(&ended.counters);
-                    if !self.ships {
-                        result.first_difference = ended.first_difference.map(|n| n * BLOCK_SIZE);
-                    }
-                    sent = Some(ended);
-                }
-                (Side::Destination, Control::Ended(ended)) => {
-                    result.count_receiver(&ended.counters);
-                    received = Some(ended);
-                }
-                (_, other) => return Err(unexpected("a session", &other)),
-            }
-        }
-    }
-
-    /// The agents have compared their roots; so does the controller, which trusts neither alone.
-    fn agree(&self, sent: &Ended, received: &Ended) -> Result<()> {
-        if self.ships && (sent.root.is_none() || sent.root != received.root) {
-            let message = format!(
-                "{} does not hold what {} holds: the digests differ",
-                self.request.destination, self.request.source
-            );
-            return Err(Error::new(ErrorCode::Mismatch, message)
-                .hint("run the same command again; if it stays so, a disk or a host is broken"));
-        }
-        Ok(())
-    }
-}
-
-/// What the user sees is what has reached the destination.
-fn show(progress: &mut Progress, received: &Counters, read_source: Option<u64>) {
-    let settled = received.blocks_settled.saturating_mul(BLOCK_SIZE);
-    progress.update(settled, read_source.unwrap_or(0), received.bytes_wire);
-}
-
-/// Makes the destination durable, and lets it take its name.
-async fn commit(pair: &mut Pair) -> Result<()> {
-    match pair.ask(Side::Destination, &Prepare { disk: DISK }).await? {
-        Control::Prepared(_) => {}
-        answer => return Err(unexpected("prepare", &answer)),
-    }
-    match pair
-        .ask(Side::Destination, &Commit { disks: vec![DISK] })
-        .await?
-    {
-        Control::Committed(_) => Ok(()),
-        answer => Err(unexpected("commit", &answer)),
-    }
-}
-
-/// Whether a comparison found the disks equal.
-fn equal(disks: &Disks, result: &TransferResult) -> Result<()> {
-    let (source, destination) = (&disks.source, &disks.destination);
-    if destination.kind == DiskKind::File && destination.size != source.size {
-        let message = format!(
-            "{} has {} bytes, {} has {}",
-            result.source, source.size, result.destination, destination.size
-        );
-        return Err(Error::new(ErrorCode::Mismatch, message));
-    }
-    match result.first_difference {
-        Some(offset) => {
-            let blocks = result.blocks_changed.unwrap_or(0) + result.blocks_zeroed.unwrap_or(0);
-            let (source, destination) = (&result.source, &result.destination);
-            let message = format!(
-                "{source} and {destination} differ in {blocks} blocks of 64 KiB, the first at byte {offset}"
-            );
-            Err(Error::new(ErrorCode::Mismatch, message))
-        }
-        None => Ok(()),
-    }
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 use kvm_clone_protocol::digest::HashKind;
 use kvm_clone_protocol::message::Compression;
 
+use serde::Serialize;
+
 use crate::endpoint::DiskSpec;
 
 /// What is done with the two disks.
@@ -26,6 +28,51 @@ impl Operation {
             Self::Diff => "disk-diff",
             Self::Verify => "disk-verify",
         }
+    }
+}
+
+/// Which way of transferring the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MethodChoice {
+    /// rsync from host to host.
+    Rsync,
+    /// scp from host to host.
+    Libvirt,
+    /// The pair of agents.
+    Blocksync,
+    /// Whichever serves best.
+    Auto,
+}
+
+impl MethodChoice {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rsync => "rsync",
+            Self::Libvirt => "libvirt",
+            Self::Blocksync => "blocksync",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// Whether the source may be in use, and what the user is told of that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LiveRead {
+    /// It must not be.
+    #[default]
+    No,
+    /// It is read as it is; the copy may be torn.
+    Torn,
+    /// Whoever uses it is suspended meanwhile.
+    Paused,
+}
+
+impl LiveRead {
+    /// Whether a holder of the source's locks is no reason to refuse.
+    pub fn reads_in_use(self) -> bool {
+        self != Self::No
     }
 }
 
@@ -69,6 +116,10 @@ pub struct Request {
 /// How a disk is transferred.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// By which method.
+    pub method: MethodChoice,
+    /// Whether the source may be in use.
+    pub live: LiveRead,
     /// How frames travel.
     pub route: RouteChoice,
     /// Whether blocks are compressed.
@@ -86,6 +137,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            method: MethodChoice::Blocksync,
+            live: LiveRead::No,
             route: RouteChoice::Auto,
             compression: Compression::Auto,
             hash: HashKind::Xxh3,

@@ -28,8 +28,11 @@ pub struct TransferResult {
     pub operation_id: Uuid,
     /// Whether it did what was asked.
     pub success: bool,
-    /// `blocksync`.
+    /// What was used: `blocksync`, `rsync` or `libvirt`.
     pub method: &'static str,
+    /// Why, where `auto` chose it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method_reason: Option<String>,
     /// Known once the agents are connected.
     pub route: Option<Route>,
     /// As given.
@@ -85,7 +88,8 @@ impl TransferResult {
             operation: request.operation.name(),
             operation_id: Uuid::new_v4(),
             success: false,
-            method: "blocksync",
+            method: request.options.method.name(),
+            method_reason: None,
             route: None,
             source: request.source.to_string(),
             destination: request.destination.to_string(),

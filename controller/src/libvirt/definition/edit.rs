@@ -105,7 +105,7 @@ fn make(domain: Node<'_, '_>, edit: &Edit, splices: &mut Splices<'_>) -> Option<
             source,
         } => set_source(disk(index)?, source, splices)?,
         Edit::DropBackingStore { disk: index } => {
-            splices.remove(child(disk(index)?, "backingStore")?)
+            splices.remove(child(disk(index)?, "backingStore")?);
         }
         Edit::RemoveDisk { disk: index } => splices.remove(disk(index)?),
         Edit::Nvram(path) => set_nvram(child(domain, "os")?, path, splices)?,

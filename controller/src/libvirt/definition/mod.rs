@@ -365,7 +365,7 @@ fn host_devices(domain: Node<'_, '_>) -> Vec<String> {
 fn describe(what: &str, node: Node<'_, '_>) -> String {
     let kind = node
         .attribute("type")
-        .or(node.attribute("mode"))
+        .or_else(|| node.attribute("mode"))
         .unwrap_or_default();
     let source = child(node, "source");
     let address = source.and_then(|source| child(source, "address"));

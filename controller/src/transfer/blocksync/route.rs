@@ -13,9 +13,9 @@ use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Token};
 
 use super::pair::{Pair, Side, unexpected};
 use super::relay::Relay;
-use super::request::RouteChoice;
-use super::result::Route;
 use crate::error::{Error, ErrorCode, Result};
+use crate::transfer::request::RouteChoice;
+use crate::transfer::result::Route;
 
 /// The agents' data connection.
 #[derive(Debug)]

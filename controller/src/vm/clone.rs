@@ -1,0 +1,473 @@
+//! `clone`: a new VM on another hypervisor, made from one that is there.
+//!
+//! ```text
+//!  survey ─ obstacles? ─ plan ─ record ─ transfers ─ chains ─ small files ─ define ─ forget record
+//!                        └ dry run ends   └ from here on a failure removes what was made
+//! ```
+
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use super::checks::{self, Destination};
+use super::lineage::Lineage;
+use super::live::{self, LiveChoice, Suspension};
+use super::naming;
+use super::network::NetworkConfig;
+use super::obstacle::{Obstacles, to_error};
+use super::plan::{Overlay, Plan, Planner};
+use super::record::Replaced;
+use super::result::VmResult;
+use super::survey::Survey;
+use super::transfers::{Move, Moves};
+use crate::endpoint::HostSpec;
+use crate::error::{Error, ErrorCode, Result};
+use crate::libvirt::Hypervisor;
+use crate::transfer::{Context, Operation, Options};
+
+/// What is cloned, and how.
+#[derive(Debug, Clone)]
+pub struct CloneRequest {
+    /// The host that has the VM.
+    pub source: HostSpec,
+    /// The host that gets the clone.
+    pub destination: HostSpec,
+    /// Name or UUID of the VM.
+    pub vm: String,
+    /// The clone's name; without it, the VM's.
+    pub new_name: Option<String>,
+    /// Replace a VM of that name that is shut off.
+    pub force: bool,
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// Start the clone.
+    pub start: bool,
+    /// Keep the MAC addresses.
+    pub preserve_mac: bool,
+    /// How its interfaces are connected.
+    pub network: NetworkConfig,
+    /// Where its disks go; without both, where the source has them.
+    pub dest_dir: Option<String>,
+    /// The pool that its disks go to.
+    pub dest_pool: Option<String>,
+    /// Disks that are left out, by target.
+    pub exclude_disks: Vec<String>,
+    /// Turn each chain of images into one.
+    pub flatten: bool,
+    /// Carry kernel, initrd, firmware and media that the destination lacks.
+    pub with_boot_files: bool,
+    /// Leave what was made when it fails.
+    pub keep_partial: bool,
+    /// What is done about a VM that runs.
+    pub live: LiveChoice,
+    /// How many files are transferred at once.
+    pub parallel: NonZeroUsize,
+    /// How each is transferred.
+    pub options: Options,
+}
+
+impl CloneRequest {
+    pub(super) fn new_name<'a>(&'a self, survey: &'a Survey) -> &'a str {
+        self.new_name.as_deref().unwrap_or_else(|| survey.name())
+    }
+
+    pub(super) fn is_one_host(&self) -> bool {
+        self.source == self.destination
+    }
+}
+
+/// Clones a VM. A failure is part of the result.
+pub async fn run(context: &Context, connect: &str, request: &CloneRequest) -> VmResult {
+    let started = Instant::now();
+    let (source, destination) = (request.source.to_string(), request.destination.to_string());
+    let mut result = VmResult::new("clone", source, destination);
+    result.vm.clone_from(&request.vm);
+    result.target_vm = request
+        .new_name
+        .clone()
+        .unwrap_or_else(|| request.vm.clone());
+    result.dry_run = request.dry_run;
+    match clone(context, connect, request, &mut result).await {
+        Ok(()) => result.success = true,
+        Err(error) => result.error = Some(error),
+    }
+    result.duration_seconds = started.elapsed().as_secs_f64();
+    result
+}
+
+async fn clone(
+    context: &Context,
+    connect: &str,
+    request: &CloneRequest,
+    result: &mut VmResult,
+) -> Result<()> {
+    check_name(request.new_name.as_deref())?;
+    let from = Hypervisor::new(context.host(&request.source), connect);
+    let to = Hypervisor::new(context.host(&request.destination), connect);
+    tokio::try_join!(from.host().share(), to.host().share())?;
+    let (survey, destination, plan) = prepare(&from, &to, request, result).await?;
+    result.plan = Some(plan.clone());
+    result.resumed = plan.resumed;
+    if request.dry_run {
+        return Ok(());
+    }
+    let making = Making {
+        context,
+        request,
+        survey: &survey,
+        to: &to,
+        plan: &plan,
+    };
+    if destination.with_uuid(plan.uuid).is_some() {
+        // It was interrupted after the clone was defined.
+        return making.finish(result).await;
+    }
+    if let Some(stale) = &plan.stale {
+        to.host().remove(&stale.leftovers()).await?;
+        let warning = format!(
+            "what an interrupted clone to {} had left was removed",
+            stale.name
+        );
+        result.warnings.push(warning);
+    }
+    plan.record.write(&to).await?;
+    let made = match making.make(result).await {
+        Ok(()) => making.define().await,
+        Err(error) => Err(error),
+    };
+    match made {
+        Ok(()) => making.finish(result).await,
+        Err(error) => Err(making.undo(error).await),
+    }
+}
+
+/// Looks at everything, and makes the plan; or gives all obstacles as one error.
+async fn prepare(
+    from: &Hypervisor,
+    to: &Hypervisor,
+    request: &CloneRequest,
+    result: &mut VmResult,
+) -> Result<(Survey, Destination, Plan)> {
+    let mut obstacles = Obstacles::default();
+    let mut survey = Survey::of(from, &request.vm, &request.exclude_disks, &mut obstacles).await?;
+    result.vm = survey.name().to_owned();
+    result.target_vm = request.new_name(&survey).to_owned();
+    live::mend(from, &mut survey, &mut result.warnings).await?;
+    let destination = Destination::survey(to).await?;
+    request.live.check(&survey, &mut obstacles);
+    checks::portable(&survey, &request.exclude_disks, &mut obstacles);
+    if !request.is_one_host() {
+        checks::not_shared(&survey, &mut obstacles).await?;
+    }
+    let definition = &survey.domain.definition;
+    checks::equipment(
+        definition,
+        &destination,
+        request.start,
+        &mut obstacles,
+        &mut result.warnings,
+    )
+    .await?;
+    let planner = Planner::new(
+        request,
+        &survey,
+        &destination,
+        &mut obstacles,
+        &mut result.warnings,
+    );
+    let plan = planner.plan().await?;
+    let found = obstacles.into_found();
+    let what = format!("cannot clone {} to {}", survey.name(), to.host());
+    if let Some(error) = to_error(&found, &what) {
+        result.obstacles = found;
+        return Err(error);
+    }
+    Ok((survey, destination, plan))
+}
+
+/// libvirt's own rule, and that a name must be a part of a file's name.
+fn check_name(name: Option<&str>) -> Result<()> {
+    let Some(name) = name else { return Ok(()) };
+    let is_bad = |c: char| c == '/' || c.is_control();
+    if name.trim().is_empty() || name.len() > 200 || name.starts_with('.') || name.contains(is_bad)
+    {
+        let message = format!("\"{}\" cannot be the name of a VM", name.escape_debug());
+        return Err(Error::usage(message).hint(
+            "a name has 1 to 200 bytes, no slash, no control character, and no dot in front",
+        ));
+    }
+    Ok(())
+}
+
+/// A clone that is being made.
+struct Making<'a> {
+    context: &'a Context,
+    request: &'a CloneRequest,
+    survey: &'a Survey,
+    to: &'a Hypervisor,
+    plan: &'a Plan,
+}
+
+impl Making<'_> {
+    /// Everything that the new VM consists of, but not its definition.
+    async fn make(&self, result: &mut VmResult) -> Result<()> {
+        let suspension = Suspension::begin(self.survey, self.request.live).await?;
+        let copied = self.copy(result).await;
+        let resumed = match suspension {
+            Some(suspension) => suspension.end().await,
+            None => Ok(()),
+        };
+        copied.and(resumed)?;
+        for overlay in &self.plan.overlays {
+            self.connect(overlay).await?;
+        }
+        if self.request.flatten {
+            self.flatten().await?;
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, result: &mut VmResult) -> Result<()> {
+        for (from, to) in &self.plan.small_files {
+            self.copy_small(from, to).await?;
+        }
+        for file in self.plan.files.iter().filter(|file| file.public) {
+            let (directory, _) = naming::split(&file.destination);
+            self.to.host().make_directory(directory, "0755").await?;
+        }
+        let mut options = self.request.options.clone();
+        options.live = self.request.live.read(self.survey.domain.state);
+        let moves = Moves {
+            operation: Operation::Sync,
+            from: self.request.source.clone(),
+            to: self.request.destination.clone(),
+            options,
+            dry_run: false,
+            parallel: self.request.parallel,
+        };
+        let files: Vec<Move> = self
+            .plan
+            .files
+            .iter()
+            .map(|file| Move {
+                target: file.target.clone(),
+                source: file.source.clone(),
+                destination: file.destination.clone(),
+            })
+            .collect();
+        let (disks, done) = moves.run(self.context, &files).await;
+        result.take_disks(disks);
+        done?;
+        for file in self.plan.files.iter().filter(|file| file.public) {
+            self.to
+                .host()
+                .tool_output(&["chmod", "0644", "--", &file.destination], b"")
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Copies a file of some kilobytes through this program, for its new owner's eyes only:
+    /// libvirt gives it to QEMU, or to swtpm, when the VM starts.
+    async fn copy_small(&self, from: &str, to: &str) -> Result<()> {
+        let contents = self
+            .survey
+            .on
+            .host()
+            .read_file(from)
+            .await?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorCode::NotFound,
+                    format!("{from} on {} is gone", self.survey.on.host()),
+                )
+            })?;
+        let (directory, _) = naming::split(to);
+        if self.to.host().file_facts(directory).await?.is_none() {
+            self.to.host().make_directory(directory, "0711").await?;
+        }
+        self.to.host().write_file(to, &contents).await
+    }
+
+    /// Tells an image where the one below it is.
+    async fn connect(&self, overlay: &Overlay) -> Result<()> {
+        if overlay.is_right {
+            return Ok(());
+        }
+        let Overlay {
+            path,
+            format,
+            backing,
+            backing_format,
+            ..
+        } = overlay;
+        let words = [
+            "qemu-img",
+            "rebase",
+            "-u",
+            "-f",
+            format,
+            "-F",
+            backing_format,
+            "-b",
+            backing,
+            path,
+        ];
+        self.to.host().tool_output(&words, b"").await.map(drop)
+    }
+
+    /// Takes everything from below into the images on top, and removes what is below.
+    async fn flatten(&self) -> Result<()> {
+        let below: Vec<String> = self
+            .plan
+            .overlays
+            .iter()
+            .map(|overlay| overlay.below.clone())
+            .collect();
+        for overlay in self
+            .plan
+            .overlays
+            .iter()
+            .filter(|overlay| !below.contains(&overlay.path))
+        {
+            let words = [
+                "qemu-img",
+                "rebase",
+                "-f",
+                &overlay.format,
+                "-b",
+                "",
+                &overlay.path,
+            ];
+            self.to.host().tool_output(&words, b"").await?;
+        }
+        self.to.host().remove(&below).await
+    }
+
+    /// Makes a VM of it, in the place of the one that gives way.
+    async fn define(&self) -> Result<()> {
+        let replaced = self.plan.record.replaced.as_ref();
+        if let Some(replaced) = replaced {
+            self.undefine(replaced).await?;
+        }
+        let text = self.plan.definition.text().as_bytes();
+        let defined = self.to.virsh_with(&["define", "/dev/stdin"], text).await;
+        match (defined, replaced) {
+            (Ok(_), _) => Ok(()),
+            (Err(error), None) => Err(error),
+            (Err(error), Some(replaced)) => {
+                self.restore(replaced).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn undefine(&self, replaced: &Replaced) -> Result<()> {
+        let uuid = replaced.uuid.to_string();
+        if self.to.find_domain(&uuid).await?.is_none() {
+            return Ok(());
+        }
+        let keep = [
+            "undefine",
+            &uuid,
+            "--keep-nvram",
+            "--keep-tpm",
+            "--managed-save",
+        ];
+        let metadata = ["--snapshots-metadata", "--checkpoints-metadata"];
+        self.to
+            .virsh(&[&keep[..], &metadata].concat())
+            .await
+            .map(drop)
+    }
+
+    async fn restore(&self, replaced: &Replaced) -> Result<()> {
+        self.to
+            .virsh_with(&["define", "/dev/stdin"], replaced.definition.as_bytes())
+            .await?;
+        if replaced.autostart {
+            self.to
+                .virsh(&["autostart", &replaced.uuid.to_string()])
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// What comes after the clone is a VM.
+    async fn finish(&self, result: &mut VmResult) -> Result<()> {
+        let uuid = self.plan.uuid;
+        self.refresh_pool(result).await;
+        let paths: Vec<String> = self
+            .plan
+            .files
+            .iter()
+            .map(|file| file.destination.clone())
+            .collect();
+        Lineage::begun(self.survey)
+            .end(self.to, uuid, &paths)
+            .await?;
+        if let Some(replaced) = &self.plan.record.replaced {
+            self.to.host().remove(&replaced.files).await?;
+        }
+        self.plan.record.forget(self.to).await?;
+        if self.request.start {
+            self.to
+                .virsh(&["start", &uuid.to_string()])
+                .await
+                .map_err(|error| {
+                    error.context(format!("{} was cloned, and does not start", self.plan.name))
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Lets the pool see its new volumes. One that cannot is no failure of the clone.
+    async fn refresh_pool(&self, result: &mut VmResult) {
+        let Some(pool) = &self.request.dest_pool else {
+            return;
+        };
+        if let Err(error) = self.to.virsh(&["pool-refresh", "--pool", pool]).await {
+            result.warnings.push(error.one_line());
+        }
+    }
+
+    /// Removes what was made, unless the user wants to keep it; gives back the error that led
+    /// here, and what came on top of it.
+    async fn undo(&self, error: Error) -> Error {
+        let host = self.to.host();
+        if self.request.keep_partial {
+            return error.with_note(format!(
+                "what was copied is kept on {host}: the same command takes it up again"
+            ));
+        }
+        let removed = match host.remove(&self.plan.record.leftovers()).await {
+            Ok(()) => self.plan.record.forget(self.to).await,
+            Err(failed) => Err(failed),
+        };
+        match removed {
+            Ok(()) => error,
+            Err(failed) => error.with_note(format!(
+                "what was copied could not be removed ({}); the same command takes it up again",
+                failed.one_line()
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_libvirt_or_a_file_cannot_have_are_wrong_usage() {
+        for name in ["", " ", "a/b", "a\nb", ".hidden", &"x".repeat(201)] {
+            assert_eq!(
+                check_name(Some(name)).unwrap_err().code(),
+                ErrorCode::Usage,
+                "{name:?}"
+            );
+        }
+        for name in [None, Some("web-test"), Some("Zürich 1"), Some("a b")] {
+            check_name(name).unwrap();
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Lineage: what a destination remembers of the disks that it received, so that a sync with
+//! swapped arguments, or onto a VM that has gone its own way, never overwrites anything.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::obstacle::Obstacles;
+use super::state::{self, Kind};
+use super::survey::Survey;
+use crate::error::Result;
+use crate::host::FileFacts;
+
+/// The version of the file's format. A reader refuses fields that it does not know, so that a
+/// file of a newer one is never half understood.
+const FORMAT: u32 = 1;
+
+/// Where the disks of a VM came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Lineage {
+    format: u32,
+    source_host: String,
+    source_vm: String,
+    source_uuid: Uuid,
+    /// When the last run ended, or the unfinished one began: seconds since 1970.
+    at: u64,
+    /// A run began and has not ended: the disks may be torn.
+    unfinished: bool,
+    /// What the files of the disks were when the last run had ended.
+    files: BTreeMap<String, Written>,
+}
+
+/// A file as it was left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    size_bytes: u64,
+    modified: String,
+    inode: u64,
+}
+
+impl Written {
+    fn of(facts: &FileFacts) -> Self {
+        Self {
+            size_bytes: facts.size_bytes,
+            modified: facts.modified.clone(),
+            inode: facts.inode,
+        }
+    }
+}
+
+impl Lineage {
+    /// A run from `source` begins.
+    pub(super) fn begun(source: &Survey) -> Self {
+        Self {
+            format: FORMAT,
+            source_host: source.on.host().to_string(),
+            source_vm: source.name().to_owned(),
+            source_uuid: source.domain.definition.uuid(),
+            at: now(),
+            unfinished: true,
+            files: BTreeMap::new(),
+        }
+    }
+
+    /// Remembers it for the VM `uuid` on the destination.
+    pub(super) async fn write(&self, on: &crate::libvirt::Hypervisor, uuid: Uuid) -> Result<()> {
+        state::write(on, Kind::Lineage, &uuid.to_string(), self).await
+    }
+
+    /// The run has ended well, and left the files of `paths` as they are now.
+    pub(super) async fn end(
+        mut self,
+        on: &crate::libvirt::Hypervisor,
+        uuid: Uuid,
+        paths: &[String],
+    ) -> Result<()> {
+        for path in paths {
+            if let Some(facts) = on.host().file_facts(path).await? {
+                self.files.insert(path.clone(), Written::of(&facts));
+            }
+        }
+        self.unfinished = false;
+        self.at = now();
+        self.write(on, uuid).await
+    }
+
+    /// What keeps the disks of `target` from being overwritten with those of `source`.
+    fn check(&self, source: &Survey, target: &Survey, obstacles: &mut Obstacles) {
+        let hint = "give --overwrite if its disks may be lost";
+        let (vm, host) = (target.name(), target.on.host());
+        if self.source_uuid != source.domain.definition.uuid() {
+            let message = format!(
+                "{vm} on {host} was made from {} of {}, and not from {} of {}",
+                self.source_vm,
+                self.source_host,
+                source.name(),
+                source.on.host()
+            );
+            obstacles.refused(message, hint);
+            return;
+        }
+        // Whatever an unfinished run left is torn, and this run mends it.
+        if self.unfinished {
+            return;
+        }
+        for image in target.disks.iter().flat_map(|disk| &disk.images) {
+            let was = self.files.get(&image.path);
+            if image.is_device() || was == Some(&Written::of(&image.facts)) {
+                continue;
+            }
+            let (theirs, ours) = (when(&image.facts.modified), self.at);
+            let message = format!(
+                "{} of {vm} on {host} was written since the last sync: it is of {theirs}, the sync of {}",
+                image.path,
+                when(&ours.to_string())
+            );
+            obstacles.refused(message, hint);
+        }
+    }
+}
+
+/// Finds out whether the disks of `target` may be overwritten with those of `source`.
+///
+/// # Errors
+/// When the host cannot be asked.
+pub(super) async fn check(
+    source: &Survey,
+    target: &Survey,
+    obstacles: &mut Obstacles,
+) -> Result<()> {
+    let uuid = target.domain.definition.uuid().to_string();
+    let remembered: Option<Lineage> = state::read(&target.on, Kind::Lineage, &uuid).await?;
+    match remembered {
+        Some(lineage) => lineage.check(source, target, obstacles),
+        None => obstacles.refused(
+            format!(
+                "{} on {} was not made by this program from {}; last written: {}; its source's disks: {}",
+                target.name(),
+                target.on.host(),
+                source.name(),
+                last_written(target),
+                last_written(source)
+            ),
+            "are the arguments in the right order? give --overwrite if its disks may be lost",
+        ),
+    }
+    Ok(())
+}
+
+/// When the disks of a VM were last written, for people.
+fn last_written(survey: &Survey) -> String {
+    let times = survey.disks.iter().flat_map(|disk| &disk.images);
+    let last = times.map(|image| image.facts.modified.as_str()).max();
+    last.map_or_else(|| "never".to_owned(), when)
+}
+
+/// Seconds since 1970 as a date.
+fn when(seconds: &str) -> String {
+    let whole = seconds.split('.').next().and_then(|text| text.parse().ok());
+    let time = whole.map(std::time::Duration::from_secs);
+    match time.and_then(|since| std::time::UNIX_EPOCH.checked_add(since)) {
+        Some(time) => humantime::format_rfc3339_seconds(time).to_string(),
+        None => "an unknown time".to_owned(),
+    }
+}
+
+fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_for_people() {
+        assert_eq!(when("0.5"), "1970-01-01T00:00:00Z");
+        assert_eq!(when("x"), "an unknown time");
+    }
+}

@@ -1,0 +1,165 @@
+//! A source that runs. Its disks are read only if the user chose how: suspended while they are
+//! read, or torn.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::obstacle::Obstacles;
+use super::state::{self, Kind};
+use super::survey::Survey;
+use crate::cli::options::BadValue;
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::Guard;
+use crate::libvirt::{DomainState, Hypervisor};
+use crate::transfer::LiveRead;
+
+/// What the user wants to be done about a VM that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LiveChoice {
+    /// What is safe in this version: refuse.
+    #[default]
+    Auto,
+    /// Refuse.
+    Refuse,
+    /// Suspend the VM while its disks are read.
+    Pause,
+    /// Read its disks as they are, and say so.
+    Torn,
+}
+
+impl FromStr for LiveChoice {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "refuse" => Ok(Self::Refuse),
+            "pause" => Ok(Self::Pause),
+            "torn" => Ok(Self::Torn),
+            _ => Err(BadValue::new("expected auto, refuse, pause or torn")),
+        }
+    }
+}
+
+/// What the source's host remembers of a VM that was suspended, until it runs again.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Paused {
+    format: u32,
+    vm: String,
+}
+
+impl LiveChoice {
+    /// How the source's disks are read, as the state of the VM wants it.
+    pub(super) fn read(self, state: DomainState) -> LiveRead {
+        match self {
+            _ if state.is_off() => LiveRead::No,
+            Self::Pause => LiveRead::Paused,
+            Self::Torn => LiveRead::Torn,
+            Self::Auto | Self::Refuse => LiveRead::No,
+        }
+    }
+
+    /// Adds the obstacle that a running source is.
+    pub(super) fn check(self, source: &Survey, obstacles: &mut Obstacles) {
+        let (state, vm) = (source.domain.state, source.name());
+        match self {
+            Self::Auto | Self::Refuse if !state.is_off() => obstacles.refused(
+                format!("{vm} on {} is {state}", source.on.host()),
+                "shut it down, or choose how its disks are read: --live pause suspends it meanwhile, \
+                 --live torn reads them as they are",
+            ),
+            Self::Pause if state == DomainState::Stopping => obstacles.refused(
+                format!("{vm} on {} is shutting down", source.on.host()),
+                "wait until it is off",
+            ),
+            _ => {}
+        }
+    }
+}
+
+/// A VM that is suspended for as long as this is held. The host itself resumes it when the
+/// connection to this program ends, however it ends.
+#[derive(Debug)]
+pub(super) struct Suspension {
+    guard: Guard,
+    vm: String,
+}
+
+impl Suspension {
+    /// Suspends the VM, if it runs and is to be suspended.
+    ///
+    /// # Errors
+    /// When it cannot be suspended; it runs on then.
+    pub(super) async fn begin(source: &Survey, choice: LiveChoice) -> Result<Option<Self>> {
+        if choice != LiveChoice::Pause || source.domain.state != DomainState::Running {
+            return Ok(None);
+        }
+        let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
+        let paused = Paused {
+            format: 1,
+            vm: source.name().to_owned(),
+        };
+        state::write(on, Kind::Paused, &uuid, &paused).await?;
+        let note = Kind::Paused.path(&uuid);
+        let (suspend, resume) = (on.words(&["suspend", &uuid]), on.words(&["resume", &uuid]));
+        let guard = on
+            .host()
+            .guard(&suspend, &resume, &["rm", "-f", "--", &note])
+            .await;
+        let guard = guard.map_err(|error| {
+            error.context(format!(
+                "{} on {} cannot be suspended",
+                source.name(),
+                on.host()
+            ))
+        })?;
+        Ok(Some(Self {
+            guard,
+            vm: source.name().to_owned(),
+        }))
+    }
+
+    /// Resumes the VM.
+    ///
+    /// # Errors
+    /// When it does not run again.
+    pub(super) async fn end(self) -> Result<()> {
+        self.guard.end().await.map_err(|error| {
+            Error::new(ErrorCode::Io, format!("{} could not be resumed", self.vm))
+                .caused_by(error.one_line())
+                .hint("resume it now: virsh resume")
+        })
+    }
+}
+
+/// Looks for what a run that broke off left: a VM that it had suspended. Such a VM is resumed, and
+/// the user is told.
+///
+/// # Errors
+/// When the host cannot be asked, or the VM does not run again.
+pub(super) async fn mend(
+    on: &Hypervisor,
+    survey: &mut Survey,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    let uuid = survey.domain.definition.uuid().to_string();
+    let Some(paused) = state::read::<Paused>(on, Kind::Paused, &uuid).await? else {
+        return Ok(());
+    };
+    let vm = &paused.vm;
+    if survey.domain.state == DomainState::Paused {
+        on.virsh(&["resume", &uuid]).await?;
+        survey.domain.state = on.state(&uuid).await?;
+        warnings.push(format!(
+            "an earlier run broke off and left {vm} suspended; it was resumed now"
+        ));
+    } else {
+        warnings.push(format!(
+            "an earlier run broke off while it had {vm} suspended; it is {} now",
+            survey.domain.state
+        ));
+    }
+    state::forget(on, Kind::Paused, &uuid).await
+}

@@ -1,0 +1,31 @@
+//! Whole VMs: cloned to another hypervisor, kept in step there, compared. The contents of disks
+//! are a [`transfer`](crate::transfer)'s business, and what libvirt says is `libvirt`'s; here is
+//! what makes a VM of them, and what must not be done to one.
+//!
+//! ```text
+//!  clone   survey both hosts ─ obstacles? ─ plan ─ record ─ transfers ─ define ─ forget the record
+//!  sync    survey both hosts ─ obstacles? ─ checkpoint ─ transfers ─ lineage
+//!  verify  survey both hosts ─ compare disks and definitions
+//! ```
+
+mod checkpoint;
+mod checks;
+pub mod clone;
+mod lineage;
+mod live;
+mod naming;
+pub mod network;
+mod obstacle;
+mod pairs;
+mod plan;
+mod record;
+pub mod result;
+mod space;
+mod state;
+mod survey;
+pub mod sync;
+mod transfers;
+pub mod verify;
+
+pub use live::LiveChoice;
+pub use result::VmResult;

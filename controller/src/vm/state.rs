@@ -1,0 +1,121 @@
+//! Where a hypervisor keeps what this program has to remember there: clones under way, where a
+//! VM's disks came from, VMs that it has suspended. Small JSON files, each written whole or not
+//! at all; no program of ours runs to look after them.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::libvirt::Hypervisor;
+
+/// Below it is everything; root owns it.
+const ROOT: &str = "/var/lib/kvm-clone";
+
+/// The kinds of things to be remembered, each a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Clones that are under way, or were interrupted. Named by the new VM's name.
+    Clones,
+    /// Where the disks of a VM came from. Named by its UUID.
+    Lineage,
+    /// VMs that are suspended while they are read. Named by their UUID.
+    Paused,
+}
+
+impl Kind {
+    fn directory(self) -> String {
+        let name = match self {
+            Self::Clones => "clones",
+            Self::Lineage => "lineage",
+            Self::Paused => "paused",
+        };
+        format!("{ROOT}/{name}")
+    }
+
+    /// The file for `name`, which may hold anything a VM's name may.
+    pub(super) fn path(self, name: &str) -> String {
+        format!("{}/{}", self.directory(), file_name(name))
+    }
+}
+
+/// What is remembered under a name; `None` when nothing is.
+///
+/// # Errors
+/// When the host cannot be reached; io, for a file that is not ours.
+pub(super) async fn read<T: DeserializeOwned>(
+    on: &Hypervisor,
+    kind: Kind,
+    name: &str,
+) -> Result<Option<T>> {
+    let path = kind.path(name);
+    let Some(contents) = on.host().read_file(&path).await? else {
+        return Ok(None);
+    };
+    serde_json::from_slice(&contents).map(Some).map_err(|error| {
+        let message = format!("{path} on {} is not what this program writes there", on.host());
+        Error::new(ErrorCode::Io, message)
+            .caused_by(error)
+            .hint("a newer version may have written it; use that one, or look at the file and remove it")
+    })
+}
+
+/// Remembers something, in place of what was there.
+///
+/// # Errors
+/// When the host cannot be reached, or the file cannot be written.
+pub(super) async fn write(
+    on: &Hypervisor,
+    kind: Kind,
+    name: &str,
+    what: &impl Serialize,
+) -> Result<()> {
+    let contents = serde_json::to_vec_pretty(what).map_err(|error| {
+        Error::new(ErrorCode::Internal, "a record that is no JSON").caused_by(error)
+    })?;
+    make_room(on, kind).await?;
+    on.host().write_file(&kind.path(name), &contents).await
+}
+
+/// Makes the directory of a kind.
+///
+/// # Errors
+/// When the host cannot be reached, or the directory cannot be made.
+pub(super) async fn make_room(on: &Hypervisor, kind: Kind) -> Result<()> {
+    on.host().make_directory(&kind.directory(), "0700").await
+}
+
+/// Forgets it.
+///
+/// # Errors
+/// When the host cannot be reached, or the file cannot be removed.
+pub(super) async fn forget(on: &Hypervisor, kind: Kind, name: &str) -> Result<()> {
+    on.host().remove(&[kind.path(name)]).await
+}
+
+/// A file name that stands for any text: letters, digits, `-` and `_` as they are, the other
+/// bytes in hexadecimal.
+fn file_name(name: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    let mut file = String::new();
+    for byte in name.bytes() {
+        if plain(byte) {
+            file.push(char::from(byte));
+        } else {
+            file.push_str(&format!("%{byte:02x}"));
+        }
+    }
+    file + ".json"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_name_is_a_file_of_its_own() {
+        assert_eq!(file_name("web-1_a"), "web-1_a.json");
+        assert_eq!(file_name("../a b"), "%2e%2e%2fa%20b.json");
+        assert_eq!(file_name("%2e"), "%252e.json");
+        assert_eq!(Kind::Lineage.path("x"), "/var/lib/kvm-clone/lineage/x.json");
+    }
+}

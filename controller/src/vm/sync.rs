@@ -1,0 +1,238 @@
+//! `sync`: brings the disks of a VM on the destination up to date with those of its source.
+
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use super::checkpoint::Checkpoint;
+use super::lineage::{self, Lineage};
+use super::live::{self, LiveChoice, Suspension};
+use super::obstacle::{Obstacles, to_error};
+use super::pairs;
+use super::result::VmResult;
+use super::survey::Survey;
+use super::transfers::{Move, Moves};
+use crate::endpoint::HostSpec;
+use crate::error::Result;
+use crate::libvirt::Hypervisor;
+use crate::transfer::{Context, MethodChoice, Operation, Options};
+
+/// What is brought up to date, and how.
+#[derive(Debug, Clone)]
+pub struct SyncRequest {
+    /// The host that has the VM.
+    pub source: HostSpec,
+    /// The host that has the VM which follows it.
+    pub destination: HostSpec,
+    /// Name or UUID of the VM.
+    pub vm: String,
+    /// Name of the VM on the destination; without it, the same.
+    pub target_name: Option<String>,
+    /// Keep the state of the destination's disks before the sync, and so many of such states.
+    pub checkpoint: Option<NonZeroUsize>,
+    /// Only say what would be shipped.
+    pub dry_run: bool,
+    /// The destination may be overwritten wherever it came from.
+    pub overwrite: bool,
+    /// Disks that are left out, by target.
+    pub exclude_disks: Vec<String>,
+    /// What is done about a VM that runs.
+    pub live: LiveChoice,
+    /// How many disks are transferred at once.
+    pub parallel: NonZeroUsize,
+    /// How each is transferred.
+    pub options: Options,
+}
+
+/// Both VMs, found fit for a sync.
+struct Fit {
+    source: Survey,
+    target: Survey,
+    moves: Vec<Move>,
+    checkpoint: Checkpoint,
+}
+
+/// Syncs a VM. A failure is part of the result.
+pub async fn run(context: &Context, connect: &str, request: &SyncRequest) -> VmResult {
+    let started = Instant::now();
+    let (source, destination) = (request.source.to_string(), request.destination.to_string());
+    let mut result = VmResult::new("sync", source, destination);
+    result.vm.clone_from(&request.vm);
+    result.target_vm = request
+        .target_name
+        .clone()
+        .unwrap_or_else(|| request.vm.clone());
+    result.dry_run = request.dry_run;
+    match sync(context, connect, request, &mut result).await {
+        Ok(()) => result.success = true,
+        Err(error) => result.error = Some(error),
+    }
+    result.duration_seconds = started.elapsed().as_secs_f64();
+    result
+}
+
+async fn sync(
+    context: &Context,
+    connect: &str,
+    request: &SyncRequest,
+    result: &mut VmResult,
+) -> Result<()> {
+    let from = Hypervisor::new(context.host(&request.source), connect);
+    let to = Hypervisor::new(context.host(&request.destination), connect);
+    tokio::try_join!(from.host().share(), to.host().share())?;
+    let fit = prepare(&from, &to, request, result).await?;
+    let uuid = fit.target.domain.definition.uuid();
+    let lineage = Lineage::begun(&fit.source);
+    if !request.dry_run {
+        if request.checkpoint.is_some() {
+            result.checkpoints = fit.checkpoint.take(&fit.target).await?;
+        }
+        lineage.write(&to, uuid).await?;
+    }
+    let live = if request.dry_run {
+        LiveChoice::Torn
+    } else {
+        request.live
+    };
+    let suspension = Suspension::begin(&fit.source, live).await?;
+    let copied = copy(context, request, &fit, result).await;
+    let resumed = match suspension {
+        Some(suspension) => suspension.end().await,
+        None => Ok(()),
+    };
+    copied.and(resumed)?;
+    if request.dry_run {
+        return Ok(());
+    }
+    restore_references(&to, &fit).await?;
+    let paths: Vec<String> = fit
+        .moves
+        .iter()
+        .map(|each| each.destination.clone())
+        .collect();
+    lineage.end(&to, uuid, &paths).await?;
+    fit.checkpoint.prune(&fit.target).await
+}
+
+/// Looks at both VMs; or gives all that is in the way as one error.
+async fn prepare(
+    from: &Hypervisor,
+    to: &Hypervisor,
+    request: &SyncRequest,
+    result: &mut VmResult,
+) -> Result<Fit> {
+    let mut obstacles = Obstacles::default();
+    let excluded = &request.exclude_disks;
+    let mut source = Survey::of(from, &request.vm, excluded, &mut obstacles).await?;
+    live::mend(from, &mut source, &mut result.warnings).await?;
+    result.vm = source.name().to_owned();
+    let target_name = request.target_name.as_deref();
+    let target_name = target_name.unwrap_or_else(|| source.name());
+    result.target_vm = target_name.to_owned();
+    let target = Survey::of(to, target_name, &[], &mut obstacles).await?;
+    let target = without(target, excluded);
+    request.live.check(&source, &mut obstacles);
+    let (host, state) = (to.host(), target.domain.state);
+    if !state.is_off() {
+        obstacles.refused(
+            format!("{target_name} on {host}, which would be overwritten, is {state}"),
+            "shut it down first; are the arguments in the right order?",
+        );
+    }
+    if !request.overwrite && !request.dry_run {
+        lineage::check(&source, &target, &mut obstacles).await?;
+    }
+    let moves = pairs::pair(&source, &target, &mut obstacles);
+    let checkpoint = match request.checkpoint {
+        Some(keep) if !request.dry_run => {
+            Checkpoint::plan(&target, &time_name(), keep.get(), &mut obstacles).await?
+        }
+        _ => Checkpoint::default(),
+    };
+    let found = obstacles.into_found();
+    let what = format!("cannot sync {} to {target_name} on {host}", source.name());
+    if let Some(error) = to_error(&found, &what) {
+        result.obstacles = found;
+        return Err(error);
+    }
+    Ok(Fit {
+        source,
+        target,
+        moves,
+        checkpoint,
+    })
+}
+
+/// A clone that was made without a disk has none of that name, so the user's word is not checked
+/// against it.
+fn without(mut survey: Survey, excluded: &[String]) -> Survey {
+    survey.disks.retain(|disk| !excluded.contains(&disk.target));
+    survey
+}
+
+async fn copy(
+    context: &Context,
+    request: &SyncRequest,
+    fit: &Fit,
+    result: &mut VmResult,
+) -> Result<()> {
+    let mut options = request.options.clone();
+    options.live = request.live.read(fit.source.domain.state);
+    if request.dry_run {
+        // The other methods cannot tell without writing.
+        options.method = MethodChoice::Blocksync;
+    }
+    let moves = Moves {
+        operation: Operation::Sync,
+        from: request.source.clone(),
+        to: request.destination.clone(),
+        options,
+        dry_run: request.dry_run,
+        parallel: request.parallel,
+    };
+    let (disks, done) = moves.run(context, &fit.moves).await;
+    result.take_disks(disks);
+    done
+}
+
+/// An image that stands on another holds the path of that, and now that of the source's: it gets
+/// its own back.
+async fn restore_references(to: &Hypervisor, fit: &Fit) -> Result<()> {
+    for disk in &fit.target.disks {
+        let ours = fit
+            .source
+            .disks
+            .iter()
+            .find(|ours| ours.target == disk.target);
+        for (at, image) in disk.images.iter().enumerate() {
+            let had = ours.and_then(|ours| ours.images[at].backing.as_ref());
+            let (Some(backing), Some(below)) = (&image.backing, disk.images.get(at + 1)) else {
+                continue;
+            };
+            if had == Some(backing) {
+                continue;
+            }
+            let words = [
+                "qemu-img",
+                "rebase",
+                "-u",
+                "-f",
+                &image.format,
+                "-F",
+                &below.format,
+                "-b",
+                backing,
+                &image.path,
+            ];
+            to.host().tool_output(&words, b"").await?;
+        }
+    }
+    Ok(())
+}
+
+/// The present time as a part of a file name whose order is that of time.
+fn time_name() -> String {
+    let now = std::time::SystemTime::now();
+    humantime::format_rfc3339_seconds(now)
+        .to_string()
+        .replace([':', '-'], "")
+}

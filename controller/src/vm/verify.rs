@@ -1,0 +1,128 @@
+//! `verify`: whether a VM on another hypervisor holds what its source holds, and is defined alike.
+
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use super::obstacle::{Obstacles, to_error};
+use super::pairs;
+use super::result::VmResult;
+use super::survey::Survey;
+use super::transfers::{Move, Moves};
+use crate::endpoint::HostSpec;
+use crate::error::{Error, ErrorCode, Result};
+use crate::libvirt::Hypervisor;
+use crate::transfer::{Context, Operation, Options};
+
+/// What is compared, and how.
+#[derive(Debug, Clone)]
+pub struct VerifyRequest {
+    /// The host that has the VM.
+    pub source: HostSpec,
+    /// The host that has the other.
+    pub destination: HostSpec,
+    /// Name or UUID of the VM.
+    pub vm: String,
+    /// Name of the other; without it, the same.
+    pub target_name: Option<String>,
+    /// Disks that are left out, by target.
+    pub exclude_disks: Vec<String>,
+    /// How many disks are compared at once.
+    pub parallel: NonZeroUsize,
+    /// How they are compared.
+    pub options: Options,
+}
+
+/// Compares two VMs. A failure, a difference among them, is part of the result.
+pub async fn run(context: &Context, connect: &str, request: &VerifyRequest) -> VmResult {
+    let started = Instant::now();
+    let (source, destination) = (request.source.to_string(), request.destination.to_string());
+    let mut result = VmResult::new("verify", source, destination);
+    result.vm.clone_from(&request.vm);
+    result.target_vm = request
+        .target_name
+        .clone()
+        .unwrap_or_else(|| request.vm.clone());
+    match verify(context, connect, request, &mut result).await {
+        Ok(()) => result.success = true,
+        Err(error) => result.error = Some(error),
+    }
+    result.duration_seconds = started.elapsed().as_secs_f64();
+    result
+}
+
+async fn verify(
+    context: &Context,
+    connect: &str,
+    request: &VerifyRequest,
+    result: &mut VmResult,
+) -> Result<()> {
+    let from = Hypervisor::new(context.host(&request.source), connect);
+    let to = Hypervisor::new(context.host(&request.destination), connect);
+    tokio::try_join!(from.host().share(), to.host().share())?;
+    let mut obstacles = Obstacles::default();
+    let source = Survey::of(&from, &request.vm, &request.exclude_disks, &mut obstacles).await?;
+    let name = request
+        .target_name
+        .as_deref()
+        .unwrap_or_else(|| source.name());
+    let mut target = Survey::of(&to, name, &[], &mut obstacles).await?;
+    target
+        .disks
+        .retain(|disk| !request.exclude_disks.contains(&disk.target));
+    for survey in [&source, &target]
+        .into_iter()
+        .filter(|survey| !survey.domain.state.is_off())
+    {
+        let (vm, host, state) = (survey.name(), survey.on.host(), survey.domain.state);
+        result.warnings.push(format!(
+            "{vm} on {host} is {state}: what it writes meanwhile may count as a difference"
+        ));
+    }
+    let moves = pairs::pair(&source, &target, &mut obstacles);
+    let found = obstacles.into_found();
+    let what = format!(
+        "cannot compare {} with {name} on {}",
+        source.name(),
+        to.host()
+    );
+    if let Some(error) = to_error(&found, &what) {
+        result.obstacles = found;
+        return Err(error);
+    }
+    let differences = source
+        .domain
+        .definition
+        .differences(&target.domain.definition);
+    let disks = compare(context, request, &moves, result).await;
+    let alike = differences.is_empty();
+    result.definition_differences = Some(differences);
+    disks?;
+    if alike {
+        return Ok(());
+    }
+    let message = format!(
+        "the disks are equal, and the definitions of {} and {name} differ",
+        source.name()
+    );
+    Err(Error::new(ErrorCode::Mismatch, message))
+}
+
+/// Compares all disks. The first difference is the error.
+async fn compare(
+    context: &Context,
+    request: &VerifyRequest,
+    files: &[Move],
+    result: &mut VmResult,
+) -> Result<()> {
+    let moves = Moves {
+        operation: Operation::Verify,
+        from: request.source.clone(),
+        to: request.destination.clone(),
+        options: request.options.clone(),
+        dry_run: false,
+        parallel: request.parallel,
+    };
+    let (disks, done) = moves.run(context, files).await;
+    result.take_disks(disks);
+    done
+}

@@ -22,6 +22,7 @@ pub struct Controller {
     home: PathBuf,
     ssh_config: PathBuf,
     agent_socket: Option<PathBuf>,
+    network: Option<String>,
     runs: AtomicU32,
 }
 
@@ -37,6 +38,7 @@ impl Controller {
             home,
             ssh_config,
             agent_socket: None,
+            network: None,
             runs: AtomicU32::new(0),
         }
     }
@@ -51,6 +53,15 @@ impl Controller {
     #[must_use]
     pub fn ssh_config(&self) -> &Path {
         &self.ssh_config
+    }
+
+    /// Runs it in a network namespace.
+    #[must_use]
+    pub fn within(self, network: &str) -> Self {
+        Self {
+            network: Some(network.to_owned()),
+            ..self
+        }
     }
 
     /// Gives it the keys of an ssh agent, which it has none of otherwise.
@@ -80,7 +91,15 @@ impl Controller {
         let file = |name| self.home.join(format!("runs/{number}-{name}"));
         let (stdout, stderr) = (file("stdout"), file("stderr"));
         let create = |path: &Path| File::create(path).expect("the laboratory is writable");
-        let mut command = Command::new(binary());
+        let mut command = match &self.network {
+            None => Command::new(binary()),
+            Some(network) => {
+                // It becomes the program, so that a signal reaches that.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", network]).arg(binary());
+                command
+            }
+        };
         command
             .args(args)
             .current_dir(&self.home)

@@ -40,6 +40,17 @@ pub struct Lab {
     directory: TempDir,
 }
 
+/// Where laboratories lie on this machine.
+///
+/// # Panics
+/// When the directory cannot be made.
+#[must_use]
+pub fn base() -> PathBuf {
+    let base = std::env::var_os("KVM_CLONE_TEST_DIR").map_or_else(|| BASE.into(), PathBuf::from);
+    fs::create_dir_all(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
+    base
+}
+
 impl LabSpec {
     /// An empty laboratory; `None`, and a line that says so, where none can be.
     ///
@@ -51,9 +62,7 @@ impl LabSpec {
             skip(&reason);
             return None;
         }
-        let base = std::env::var_os("KVM_CLONE_TEST_DIR").unwrap_or_else(|| BASE.into());
-        fs::create_dir_all(&base).unwrap_or_else(|error| panic!("{}: {error}", base.display()));
-        let directory = TempDir::with_prefix_in("lab-", base).expect("root may make directories");
+        let directory = TempDir::with_prefix_in("lab-", base()).expect("root may make directories");
         let (host_a, host_b) = (HostSpec::new("hvA"), HostSpec::new("hvB"));
         Some(Self {
             directory,

@@ -8,6 +8,8 @@
 //!        └─ directory    disks and mount points; the same path here and on both hosts
 //! ```
 //!
+//! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own.
+//!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
 //! and JSON. What fails in here, and not in the product, panics and names the thing, since a
 //! broken laboratory is a failed test.
@@ -16,6 +18,7 @@
 
 pub mod controller;
 pub mod host;
+pub mod hypervisor;
 pub mod image;
 pub mod journey;
 pub mod lab;

@@ -36,6 +36,31 @@ pub fn obstacle() -> Option<String> {
         .map(|tool| format!("{tool} is not installed"))
 }
 
+/// What the hypervisors run besides; `tests/run` installs the packages that hold them.
+const VM_TOOLS: [&str; 14] = [
+    "ip",
+    "nsenter",
+    "virsh",
+    "libvirtd",
+    "virtlogd",
+    "qemu-img",
+    "qemu-io",
+    "qemu-system-x86_64",
+    "swtpm",
+    "syslinux",
+    "mcopy",
+    "mkfs.vfat",
+    "objcopy",
+    "busybox",
+];
+
+/// Why no test with VMs can run here, if so.
+#[must_use]
+pub fn vm_obstacle() -> Option<String> {
+    let missing = || VM_TOOLS.iter().find(|tool| find_tool(tool).is_none());
+    obstacle().or_else(|| missing().map(|tool| format!("{tool} is not installed")))
+}
+
 /// Says that the running test is skipped, and why.
 ///
 /// # Panics

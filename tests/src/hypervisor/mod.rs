@@ -1,0 +1,19 @@
+//! Two hypervisors on one machine, with VMs that really boot.
+//!
+//! ```text
+//!   Site ─┬─ Controller      in a network namespace of its own, with the bridge 10.99.7.0/24
+//!         ├─ Hypervisor hvA  own network, mounts, processes: sshd, libvirtd, images on xfs
+//!         └─ Hypervisor hvB  the same, images on ext4
+//! ```
+//!
+//! Both hosts see the machine's programs, and nothing of each other: /var/lib/libvirt,
+//! /etc/libvirt, /var/lib/kvm-clone, /root, /run and the temporary directories are their own.
+
+mod guest;
+mod network;
+mod site;
+mod vm;
+
+pub use guest::{Guest, MARK_BYTES, mark, set_mark};
+pub use site::{Hypervisor, Site, SiteSpec};
+pub use vm::{Firmware, Vm};

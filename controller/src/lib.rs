@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod endpoint;
 pub mod error;
+pub mod history;
 pub mod host;
 pub mod libvirt;
 mod logging;

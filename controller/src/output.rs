@@ -228,7 +228,7 @@ pub fn iec(bytes: u64) -> String {
 }
 
 /// A name that may hold anything, on one line of a terminal.
-fn printable(name: &str) -> String {
+pub fn printable(name: &str) -> String {
     name.chars()
         .map(|c| {
             if c.is_control() {

@@ -118,3 +118,282 @@ fn uefi_variables_go_along() {
         );
     }
 }
+
+#[test]
+fn every_obstacle_is_told_in_one_report_and_nothing_is_changed() {
+    let Some(site) = Site::start() else { return };
+    let everything = "\
+        <disk type='network' device='disk'><source protocol='nbd' name='x'><host name='h'/></source><target dev='vdc' bus='virtio'/></disk>\
+        <disk type='file' device='disk'><driver type='raw'/><source file='/var/lib/libvirt/images/shared.raw'/><target dev='vdd' bus='virtio'/><shareable/></disk>\
+        <disk type='block' device='disk'><driver type='raw'/><source dev='/dev/loop-of-odd'/><target dev='vde' bus='virtio'/></disk>\
+        <disk type='file' device='disk'><driver type='raw'/><source file='/var/lib/libvirt/images/luks.raw'><encryption format='luks'><secret type='passphrase' uuid='5f1a0f1e-0000-4000-8000-000000000001'/></encryption></source><target dev='vdf' bus='virtio'/></disk>\
+        <hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0' bus='0x7f' slot='0x1f' function='7'/></source></hostdev>\
+        <interface type='bridge'><source bridge='br9'/></interface>\
+        <interface type='network'><source network='nowhere'/></interface>\
+        <interface type='vhostuser'><source type='unix' path='/run/vhost.sock' mode='server'/><model type='virtio'/></interface>\
+        <filesystem type='mount'><source dir='/srv/only-here'/><target dir='share'/></filesystem>";
+    let vm = Vm::new("odd")
+        .os("<kernel>/var/lib/libvirt/boot/vmlinuz</kernel><initrd>/var/lib/libvirt/boot/initrd</initrd>")
+        .devices(everything);
+    std::fs::write(site.a.image("shared.raw"), [7; 65536]).unwrap();
+    std::fs::write(site.a.image("luks.raw"), [8; 65536]).unwrap();
+    std::fs::copy(site.guest.kernel(), site.a.library("boot/vmlinuz")).unwrap();
+    std::fs::copy(site.guest.initrd(), site.a.library("boot/initrd")).unwrap();
+    site.a.run(&["mkdir", "-p", "/srv/only-here"]);
+    site.a.run(&[
+        "sh",
+        "-c",
+        "truncate -s 1M /tmp/backing; ln -sf $(losetup -f --show /tmp/backing) /dev/loop-of-odd",
+    ]);
+    let define = vm
+        .xml()
+        .replace("<memory unit='MiB'>256", "<memory unit='TiB'>7");
+    let define = define
+        .replace("machine='q35'", "machine='q35'")
+        .replace("<vcpu>1", "<vcpu>1");
+    vm_disks_and(&site, &vm, &define);
+    site.define(&site.b, &Vm::new("taken"));
+    let (here, there) = (site.a.state(), site.b.state());
+    let run = site.controller.run([
+        "clone",
+        "hvA",
+        "hvB",
+        "odd",
+        "--new-name",
+        "taken",
+        "--method",
+        "blocksync",
+    ]);
+    site.a.run(&[
+        "sh",
+        "-c",
+        "losetup -d $(readlink /dev/loop-of-odd); rm /dev/loop-of-odd",
+    ]);
+    let message = run.expect_failure(5, &["refused"], "obstacles");
+    for part in [
+        "a VM taken already",
+        "disk vdc of odd is of type network",
+        "disk vdd of odd is shared",
+        "disk vde is the block device",
+        "5f1a0f1e-0000-4000-8000-000000000001",
+        "type pci",
+        "no bridge br9",
+        "no network nowhere",
+        "vhost-user",
+        "/srv/only-here",
+        "/var/lib/libvirt/boot/vmlinuz, the kernel of odd",
+        "/var/lib/libvirt/boot/initrd, the initrd of odd",
+        "of memory",
+    ] {
+        assert!(message.contains(part), "{part:?} is not in {message}");
+    }
+    assert_eq!(
+        run.json()["obstacles"].as_array().map(Vec::len),
+        Some(13),
+        "{run}"
+    );
+    assert_eq!((site.a.state(), site.b.state()), (here, there), "{run}");
+}
+
+/// Makes a VM's disks, and defines it by other XML than its own.
+fn vm_disks_and(site: &Site, vm: &Vm, xml: &str) {
+    site.define(&site.a, vm);
+    site.a.virsh(&["undefine", "odd"]);
+    site.a.define(xml);
+}
+
+#[test]
+fn what_the_destination_lacks_is_exit_8_and_can_be_carried_or_mapped() {
+    let Some(site) = Site::start() else { return };
+    let vm = Vm::new("net")
+        .os("<kernel>/var/lib/libvirt/boot/vmlinuz</kernel><initrd>/var/lib/libvirt/boot/initrd</initrd><cmdline>console=ttyS0 loglevel=3 mitigations=off</cmdline>")
+        .devices("<interface type='bridge'><source bridge='br7'/><model type='virtio'/></interface>\
+                  <disk type='file' device='cdrom'><driver type='raw'/><source file='/var/lib/libvirt/boot/a.iso'/><target dev='sda' bus='sata'/><readonly/></disk>");
+    std::fs::copy(site.guest.kernel(), site.a.library("boot/vmlinuz")).unwrap();
+    std::fs::copy(site.guest.initrd(), site.a.library("boot/initrd")).unwrap();
+    std::fs::write(site.a.library("boot/a.iso"), vec![9; 200_000]).unwrap();
+    site.a.run(&["ip", "link", "add", "br7", "type", "bridge"]);
+    site.define(&site.a, &vm);
+    let there = site.b.state();
+    let clone = |options: &[&str]| {
+        let words = [
+            "clone",
+            "hvA",
+            "hvB",
+            "net",
+            "--new-name",
+            "n2",
+            "--method",
+            "blocksync",
+        ];
+        site.controller.run(words.iter().chain(options))
+    };
+    let message = clone(&[]).expect_failure(8, &["missing_requirement"], "3 obstacles");
+    assert!(
+        message.contains("br7") && message.contains("vmlinuz"),
+        "{message}"
+    );
+    let dry = clone(&["--dry-run", "--with-boot-files", "--network-map", "br7=br0"]);
+    assert_eq!(
+        dry.expect_json()["plan"]["files"].as_array().map(Vec::len),
+        Some(4),
+        "{dry}"
+    );
+    assert_eq!(site.b.state(), there, "a dry run changes nothing");
+    let run = clone(&["--with-boot-files", "--network-map", "br7=br0", "--start"]);
+    run.expect_code(0);
+    assert_eq!(site.b.virsh(&["domstate", "n2"]).trim(), "running");
+    site.b.virsh(&["destroy", "n2"]);
+    let console = site.b.boots_with_console("n2", "net");
+    assert!(console.contains(&mark("vda", "net vda")), "{console}");
+    let without =
+        site.controller
+            .run(["clone", "hvB", "hvA", "n2", "--new-name", "n3", "--dry-run"]);
+    without.expect_code(0);
+    site.b.assert_tidy();
+}
+
+#[test]
+fn a_clone_that_is_killed_leaves_no_vm_and_is_taken_up_by_the_same_command() {
+    let Some(site) = Site::start() else { return };
+    let vm = Vm::new("big").disks(&[("vda", "raw"), ("vdb", "raw")]);
+    site.define(&site.a, &vm);
+    let before = site.b.image_names();
+    for method in ["blocksync", "rsync"] {
+        let name = format!("big-{method}");
+        let words = [
+            "clone",
+            "hvA",
+            "hvB",
+            "big",
+            "--new-name",
+            &name,
+            "--method",
+            method,
+        ];
+        let limited = words.iter().chain(&["--bandwidth-limit", "4M"]);
+        let running = site.controller.start(limited);
+        let partial = format!(".{name}-vdb.raw.kc-new");
+        kvm_clone_tests::process::wait_for(
+            "data on the way",
+            std::time::Duration::from_secs(60),
+            || {
+                let arrived = std::fs::metadata(site.b.image(&partial)).ok()?;
+                use std::os::unix::fs::MetadataExt as _;
+                (arrived.blocks() > 4096).then_some(())
+            },
+        );
+        running.signal(nix::sys::signal::Signal::SIGKILL);
+        drop(running);
+        assert!(
+            !site.b.virsh(&["list", "--all", "--name"]).contains("big"),
+            "no half VM"
+        );
+        let run = site.controller.run(words);
+        let result = run.expect_json();
+        assert_eq!(result["resumed"], true, "{run}");
+        for target in ["vda", "vdb"] {
+            assert_equal(
+                &site.a.image(&vm.file(target)),
+                &site.b.image(&format!("{name}-{target}.raw")),
+            );
+        }
+        site.a.assert_tidy();
+        site.b.assert_tidy();
+        assert_eq!(
+            site.b
+                .virsh(&["list", "--all", "--name"])
+                .lines()
+                .filter(|line| *line == name)
+                .count(),
+            1
+        );
+        let made = site.b.image_names().len() - before.len();
+        assert_eq!(
+            made % 2,
+            0,
+            "two disks a clone, and nothing else: {:?}",
+            site.b.image_names()
+        );
+        let uuid = result["plan"]["uuid"].as_str().unwrap().to_owned();
+        assert_eq!(site.b.virsh(&["domuuid", &name]).trim(), uuid);
+    }
+}
+
+#[test]
+fn force_replaces_a_vm_that_is_off_and_its_disks_go_last() {
+    let Some(site) = Site::start() else { return };
+    site.define(&site.a, &Vm::new("app"));
+    let old = Vm::new("app").disks(&[("vda", "qcow2")]);
+    site.define(&site.b, &old);
+    let clone = |options: &[&str]| {
+        site.controller.run(
+            ["clone", "hvA", "hvB", "app", "--method", "blocksync"]
+                .iter()
+                .chain(options),
+        )
+    };
+    clone(&[]).expect_failure(5, &["refused"], "--force");
+    let uuid = site.b.virsh(&["domuuid", "app"]);
+    site.b.virsh(&["start", "app"]);
+    let there = site.b.virsh(&["dumpxml", "app"]);
+    clone(&["--force"]).expect_failure(5, &["refused"], "running");
+    assert_eq!(site.b.virsh(&["dumpxml", "app"]), there);
+    site.b.virsh(&["destroy", "app"]);
+    clone(&["--force"]).expect_code(0);
+    assert_ne!(site.b.virsh(&["domuuid", "app"]), uuid);
+    assert_eq!(site.b.image_names(), ["app-vda.raw"]);
+    site.b.assert_tidy();
+}
+
+#[test]
+fn chains_are_carried_whole_or_flattened() {
+    let Some(site) = Site::start() else { return };
+    let vm = Vm::new("lay").disks(&[("vda", "qcow2")]);
+    site.define(&site.a, &vm);
+    site.a.run(&[
+        "sh",
+        "-c",
+        "cd /var/lib/libvirt/images; mv lay-vda.qcow2 base.qcow2; \
+        qemu-img create -q -f qcow2 -F qcow2 -b /var/lib/libvirt/images/base.qcow2 lay-vda.qcow2; \
+        qemu-io -c 'write -q -P 7 1M 64k' lay-vda.qcow2",
+    ]);
+    // Something has the name of the lower image already.
+    std::fs::write(site.b.image("l2-base.qcow2"), b"other").unwrap();
+    for (name, options) in [("l2", &[][..]), ("l3", &["--flatten"])] {
+        let words = [
+            "clone",
+            "hvA",
+            "hvB",
+            "lay",
+            "--new-name",
+            name,
+            "--method",
+            "blocksync",
+        ];
+        site.controller
+            .run(words.iter().chain(options))
+            .expect_code(0);
+        let file = format!("/var/lib/libvirt/images/{name}-vda.qcow2");
+        let info = site.b.run(&["qemu-img", "info", "--backing-chain", &file]);
+        assert_eq!(info.contains("l2-base-1.qcow2"), name == "l2", "{info}");
+        site.a.run(&[
+            "qemu-img",
+            "convert",
+            "-O",
+            "raw",
+            "/var/lib/libvirt/images/lay-vda.qcow2",
+            "/tmp/a.raw",
+        ]);
+        site.b
+            .run(&["qemu-img", "convert", "-O", "raw", &file, "/tmp/b.raw"]);
+        assert_eq!(
+            site.a.run(&["md5sum", "/tmp/a.raw"])[..32],
+            site.b.run(&["md5sum", "/tmp/b.raw"])[..32]
+        );
+    }
+    assert_eq!(site.b.image_names().len(), 4, "{:?}", site.b.image_names());
+    site.controller
+        .run(["verify", "hvA", "hvB", "lay", "--target-name", "l2"])
+        .expect_code(0);
+}

@@ -3,8 +3,10 @@
 use clap::{Args, Subcommand};
 
 use super::App;
+use super::history::Recording;
 use super::options::{CompareArgs, DiskArgs, OutputFormat, TransferArgs};
 use crate::error::Result;
+use crate::history::Begun;
 use crate::output;
 use crate::transfer::{self, MethodChoice, Operation, Request};
 
@@ -57,7 +59,15 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
 
 /// Prints the result, also of a failure, to which the figures so far belong.
 async fn transfer_and_report(app: &App, request: &Request) -> Result<()> {
+    let begun = Begun {
+        operation: request.operation.name(),
+        vm: None,
+        source: request.source.to_string(),
+        destination: request.destination.to_string(),
+    };
+    let recording = Recording::begin(app, &begun);
     let mut result = transfer::run(&app.transfer_context(), request).await;
+    recording.end(app, &result);
     for warning in &result.warnings {
         app.warn(warning);
     }

@@ -6,6 +6,8 @@ mod config;
 mod demo;
 mod disk;
 mod doctor;
+mod history;
+mod list;
 pub mod options;
 mod vm;
 
@@ -50,6 +52,8 @@ enum Command {
     Sync(Box<vm::Sync>),
     /// Compare a VM with one on another hypervisor: disks and definition
     Verify(Box<vm::Verify>),
+    /// List the VMs of hosts
+    List(list::Arguments),
     /// Sync or compare single disks
     #[command(subcommand)]
     Disk(disk::Command),
@@ -68,6 +72,8 @@ enum Command {
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<HostSpec>,
     },
+    /// Show what ran, when, how much, and with what result
+    History(history::Arguments),
     /// Show and change the defaults in the configuration file
     #[command(subcommand)]
     Config(config::Command),
@@ -226,6 +232,8 @@ async fn run(app: &App, command: Command) -> Result<()> {
         Command::Verify(args) => vm::verify(app, *args).await,
         Command::Disk(command) => disk::run(app, command).await,
         Command::Demo { host } => demo::run(app, host).await,
+        Command::List(args) => until_cancelled(app, list::run(app, args)).await,
+        Command::History(args) => history::run(app, args),
         Command::Agent(command) => until_cancelled(app, agent::run(app, command)).await,
         Command::Doctor { hosts } => until_cancelled(app, doctor::run(app, hosts)).await,
         Command::Config(_) | Command::Completions { .. } | Command::Man { .. } => Err(Error::new(

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::App;
+use super::history::Recording;
 use super::options::{CompareArgs, OutputFormat, TransferArgs};
 use crate::endpoint::HostSpec;
 use crate::error::Result;
+use crate::history::Begun;
 use crate::output;
 use crate::transfer::MethodChoice;
 use crate::vm::clone::{self, CloneRequest};
@@ -162,7 +164,15 @@ pub(super) async fn clone(app: &App, args: Clone) -> Result<()> {
         parallel: moving.disks.parallel.unwrap_or(PARALLEL),
         options: moving.transfer.resolve(&app.config, MethodChoice::Rsync),
     };
+    let recording = recording(
+        app,
+        "clone",
+        &request.vm,
+        &request.source,
+        &request.destination,
+    );
     let result = clone::run(&app.transfer_context(), app.connect(), &request).await;
+    recording.end(app, &result);
     report(app, result)
 }
 
@@ -182,7 +192,15 @@ pub(super) async fn sync(app: &App, args: Sync) -> Result<()> {
         parallel: moving.disks.parallel.unwrap_or(PARALLEL),
         options: moving.transfer.resolve(&app.config, MethodChoice::Rsync),
     };
+    let recording = recording(
+        app,
+        "sync",
+        &request.vm,
+        &request.source,
+        &request.destination,
+    );
     let result = sync::run(&app.transfer_context(), app.connect(), &request).await;
+    recording.end(app, &result);
     report(app, result)
 }
 
@@ -196,8 +214,26 @@ pub(super) async fn verify(app: &App, args: Verify) -> Result<()> {
         parallel: args.disks.parallel.unwrap_or(PARALLEL),
         options: args.compare.resolve(&app.config),
     };
+    let recording = recording(
+        app,
+        "verify",
+        &request.vm,
+        &request.source,
+        &request.destination,
+    );
     let result = verify::run(&app.transfer_context(), app.connect(), &request).await;
+    recording.end(app, &result);
     report(app, result)
+}
+
+fn recording(app: &App, operation: &str, vm: &str, from: &HostSpec, to: &HostSpec) -> Recording {
+    let begun = Begun {
+        operation,
+        vm: Some(vm),
+        source: from.to_string(),
+        destination: to.to_string(),
+    };
+    Recording::begin(app, &begun)
 }
 
 /// Prints the result, also of a failure, to which the figures so far belong.

@@ -7,8 +7,10 @@ pub mod definition;
 mod domain;
 mod hypervisor;
 mod image;
+mod inventory;
 
 pub use capabilities::{DomainCapabilities, Memory, Pool};
 pub use domain::Domain;
 pub use hypervisor::{DomainState, Hypervisor};
 pub use image::Image;
+pub use inventory::{DiskSummary, VmSummary};

@@ -116,7 +116,11 @@ impl Vm {
         }
         let (attribute, firmware) = match self.firmware {
             Firmware::Bios => ("", String::new()),
-            Firmware::UefiAuto => (" firmware='efi'", String::new()),
+            Firmware::UefiAuto => (
+                " firmware='efi'",
+                // The guest's kernel is signed by nobody.
+                "<firmware><feature enabled='no' name='secure-boot'/></firmware>".to_owned(),
+            ),
             Firmware::Uefi => (
                 "",
                 format!(

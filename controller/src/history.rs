@@ -1,0 +1,288 @@
+//! The history: every operation with its figures, in SQLite under the user's state directory.
+//!
+//! A row is written when an operation begins and filled in when it ends, so that one which was
+//! killed is seen as unfinished. Several of this program may write at once.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rusqlite::{Connection, Row, params};
+use rusqlite_migration::{M, Migrations};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::error::{Error, ErrorCode, Result};
+
+/// How long a writer waits for another one.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The tables, one step a version. A step that was published stays as it is.
+const STEPS: [M<'static>; 1] = [M::up(
+    "CREATE TABLE run (
+        id INTEGER PRIMARY KEY,
+        began_at TEXT NOT NULL,
+        operation TEXT NOT NULL,
+        vm TEXT,
+        source TEXT NOT NULL,
+        destination TEXT NOT NULL,
+        success INTEGER,
+        result TEXT
+    ) STRICT;
+    CREATE INDEX run_by_vm ON run (vm);",
+)];
+
+/// The file with the history.
+#[derive(Debug)]
+pub struct History {
+    connection: Connection,
+    path: PathBuf,
+}
+
+/// A row that has begun.
+#[derive(Debug, Clone, Copy)]
+pub struct RunId(i64);
+
+/// What begins.
+#[derive(Debug, Clone)]
+pub struct Begun<'a> {
+    /// `disk-sync`, `clone`, …
+    pub operation: &'a str,
+    /// The VM, where it is about one.
+    pub vm: Option<&'a str>,
+    /// Where from, as given.
+    pub source: String,
+    /// Where to, as given.
+    pub destination: String,
+}
+
+/// One operation.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Record {
+    /// When it began, RFC 3339.
+    pub began_at: String,
+    /// `disk-sync`, `clone`, …
+    pub operation: String,
+    /// The VM, where it was about one.
+    pub vm: Option<String>,
+    /// Where from.
+    pub source: String,
+    /// Where to.
+    pub destination: String,
+    /// Whether it did what was asked; `None` when it never ended.
+    pub success: Option<bool>,
+    /// The whole result, as the operation printed it; `None` when it never ended.
+    pub result: Option<Value>,
+}
+
+/// Which operations are wanted.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// At most so many, the newest.
+    pub limit: u32,
+    /// Only those that failed or never ended.
+    pub failed: bool,
+    /// Only those about this VM.
+    pub vm: Option<String>,
+}
+
+impl History {
+    /// The history of this user.
+    ///
+    /// # Errors
+    /// Usage without a home directory; io when the file cannot be had.
+    pub fn open() -> Result<Self> {
+        let base = std::env::var_os("XDG_STATE_HOME")
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+            .or_else(|| std::env::home_dir().map(|home| home.join(".local/state")));
+        let base = base
+            .ok_or_else(|| Error::usage("there is no home directory").hint("set XDG_STATE_HOME"))?;
+        Self::at(&base.join("kvm-clone-ctl/history.db"))
+    }
+
+    fn at(path: &Path) -> Result<Self> {
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory).map_err(|error| {
+                Error::io(
+                    format!("cannot make the directory {}", directory.display()),
+                    error,
+                )
+            })?;
+        }
+        let failed = |error| broken(path, error);
+        let mut connection = Connection::open(path).map_err(failed)?;
+        connection.busy_timeout(PATIENCE).map_err(failed)?;
+        let migrated = Migrations::from_slice(&STEPS).to_latest(&mut connection);
+        migrated.map_err(|error| {
+            Error::new(
+                ErrorCode::Io,
+                format!("cannot use the history {}", path.display()),
+            )
+            .caused_by(error)
+            .hint("a newer version of this program may have made it; use that one, or move it away")
+        })?;
+        Ok(Self {
+            connection,
+            path: path.to_owned(),
+        })
+    }
+
+    /// An operation begins.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn begin(&self, begun: &Begun<'_>) -> Result<RunId> {
+        let sql =
+            "INSERT INTO run (began_at, operation, vm, source, destination) VALUES (?, ?, ?, ?, ?)";
+        let values = params![
+            Timestamp::now().to_string(),
+            begun.operation,
+            begun.vm,
+            begun.source,
+            begun.destination
+        ];
+        self.connection
+            .execute(sql, values)
+            .map_err(|error| broken(&self.path, error))?;
+        Ok(RunId(self.connection.last_insert_rowid()))
+    }
+
+    /// An operation has ended, with this object as its result.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish(&self, run: RunId, result: &Value) -> Result<()> {
+        let sql = "UPDATE run SET success = ?, result = ?, vm = coalesce(?, vm) WHERE id = ?";
+        let success = result["success"].as_bool().unwrap_or(false);
+        let values = params![success, result.to_string(), result["vm"].as_str(), run.0];
+        self.connection
+            .execute(sql, values)
+            .map_err(|error| broken(&self.path, error))?;
+        Ok(())
+    }
+
+    /// The newest operations, the newest first.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn list(&self, filter: &Filter) -> Result<Vec<Record>> {
+        let sql = "SELECT began_at, operation, vm, source, destination, success, result FROM run
+                   WHERE (?1 IS NULL OR vm = ?1) AND (NOT ?2 OR success IS NOT 1)
+                   ORDER BY id DESC LIMIT ?3";
+        let failed = |error| broken(&self.path, error);
+        let mut statement = self.connection.prepare(sql).map_err(failed)?;
+        let rows = statement.query_map(params![filter.vm, filter.failed, filter.limit], record);
+        rows.and_then(Iterator::collect).map_err(failed)
+    }
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+    let result: Option<String> = row.get(6)?;
+    Ok(Record {
+        began_at: row.get(0)?,
+        operation: row.get(1)?,
+        vm: row.get(2)?,
+        source: row.get(3)?,
+        destination: row.get(4)?,
+        success: row.get(5)?,
+        result: result.and_then(|text| serde_json::from_str(&text).ok()),
+    })
+}
+
+fn broken(path: &Path, error: rusqlite::Error) -> Error {
+    Error::new(
+        ErrorCode::Io,
+        format!("the history {} fails", path.display()),
+    )
+    .caused_by(error)
+    .hint("if it is damaged, move it away; a new one is made")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begun<'a>(operation: &'a str, vm: Option<&'a str>) -> Begun<'a> {
+        Begun {
+            operation,
+            vm,
+            source: "hv1".into(),
+            destination: "hv2".into(),
+        }
+    }
+
+    #[test]
+    fn what_ended_well_badly_and_never_is_told_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/history.db");
+        let history = History::at(&path).unwrap();
+        let other = History::at(&path).unwrap();
+        let well = history.begin(&begun("clone", Some("web"))).unwrap();
+        let badly = other.begin(&begun("sync", Some("db"))).unwrap();
+        history.begin(&begun("disk-sync", None)).unwrap();
+        history
+            .finish(well, &serde_json::json!({"success": true, "bytes_wire": 7}))
+            .unwrap();
+        other
+            .finish(
+                badly,
+                &serde_json::json!({"success": false, "error": {"code": "io"}}),
+            )
+            .unwrap();
+        let all = |filter| history.list(&filter).unwrap();
+        let runs = all(Filter {
+            limit: 9,
+            ..Filter::default()
+        });
+        let ends: Vec<_> = runs
+            .iter()
+            .map(|run| (run.operation.as_str(), run.success))
+            .collect();
+        assert_eq!(
+            ends,
+            [
+                ("disk-sync", None),
+                ("sync", Some(false)),
+                ("clone", Some(true))
+            ]
+        );
+        assert_eq!(runs[2].result.as_ref().unwrap()["bytes_wire"], 7);
+        assert_eq!(
+            all(Filter {
+                limit: 9,
+                failed: true,
+                ..Filter::default()
+            })
+            .len(),
+            2
+        );
+        assert_eq!(
+            all(Filter {
+                limit: 9,
+                vm: Some("web".into()),
+                ..Filter::default()
+            })
+            .len(),
+            1
+        );
+        assert_eq!(
+            all(Filter {
+                limit: 1,
+                ..Filter::default()
+            })
+            .len(),
+            1
+        );
+    }
+
+    #[test]
+    fn a_history_of_a_newer_version_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("history.db");
+        let connection = Connection::open(&path).unwrap();
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        let error = History::at(&path).unwrap_err();
+        assert!(error.hint_text().unwrap().contains("newer"), "{error:?}");
+    }
+}

@@ -252,6 +252,7 @@ impl Making<'_> {
                 target: file.target.clone(),
                 source: file.source.clone(),
                 destination: file.destination.clone(),
+                own_reference: false,
             })
             .collect();
         let (disks, done) = moves.run(self.context, &files).await;

@@ -18,6 +18,8 @@ pub(super) struct Move {
     pub(super) target: String,
     pub(super) source: String,
     pub(super) destination: String,
+    /// The two hold different references to the image below them, each its own.
+    pub(super) own_reference: bool,
 }
 
 /// What the transfers of a VM have in common.

@@ -8,7 +8,7 @@ use super::Definition;
 
 /// Elements whose content, and those whose attributes, are expected to differ: by their path below
 /// the domain, numbers left out.
-const OWN: [&str; 26] = [
+const OWN: [&str; 28] = [
     "name",
     "uuid",
     "genid",
@@ -27,6 +27,8 @@ const OWN: [&str; 26] = [
     "devices/disk/source/@pool",
     "devices/disk/source/@volume",
     "devices/disk/source/@index",
+    "devices/disk/source/@mode",
+    "devices/interface/mac",
     "devices/interface/mac/@address",
     "devices/interface/target/@dev",
     "devices/serial/source/@path",

@@ -333,15 +333,19 @@ fn boot_nodes<'a, 'i: 'a>(domain: Node<'a, 'i>) -> impl Iterator<Item = Node<'a,
 }
 
 fn secrets(domain: Node<'_, '_>) -> Vec<Secret> {
+    // A disk names its secrets in elements, a TPM in an attribute of its encryption.
+    let id = |node: Node<'_, '_>| match node.tag_name().name() {
+        "secret" => attribute(node, "uuid").or_else(|| attribute(node, "usage")),
+        "encryption" => attribute(node, "secret"),
+        _ => None,
+    };
     let of = |node: Node<'_, '_>, used_by: String| -> Vec<Secret> {
-        node.descendants()
-            .filter(|node| node.has_tag_name("secret"))
-            .filter_map(|node| attribute(node, "uuid").or_else(|| attribute(node, "usage")))
-            .map(|id| Secret {
-                id,
-                used_by: used_by.clone(),
-            })
-            .collect()
+        let ids = node.descendants().filter_map(id);
+        ids.map(|id| Secret {
+            id,
+            used_by: used_by.clone(),
+        })
+        .collect()
     };
     let disks = of_devices(domain, "disk")
         .flat_map(|node| of(node, format!("disk {}", disk::target_of(node))));

@@ -69,3 +69,216 @@ fn values_are_read_from_their_own_place() {
     );
     assert!("x".parse::<MacAddress>().is_err() && "52:54:00:1:2:FF".parse::<MacAddress>().is_ok());
 }
+
+/// Definitions of different ages and machine types, with what other tools and people put in.
+fn fixtures() -> Vec<(String, String)> {
+    let directory = fixture_directory();
+    let mut fixtures: Vec<(String, String)> = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "xml"))
+        .map(|path| {
+            (
+                path.file_stem().unwrap().to_str().unwrap().to_owned(),
+                std::fs::read_to_string(&path).unwrap(),
+            )
+        })
+        .collect();
+    fixtures.sort();
+    fixtures
+}
+
+fn fixture_directory() -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/libvirt/definition/fixtures")
+}
+
+/// Everything that a clone may change, changed.
+fn clone_edits(definition: &Definition) -> Vec<Edit> {
+    let mut edits = vec![
+        Edit::Name("new <name> & \"more\"".into()),
+        Edit::Uuid(Uuid::from_u128(0xffff_0000)),
+    ];
+    if definition.has_genid() {
+        edits.push(Edit::GenId(Uuid::from_u128(0xeeee_0000)));
+    }
+    for (interface, _) in (0_u8..).zip(definition.interfaces()) {
+        let mac = MacAddress::random_qemu([0xee, 0xee, interface]);
+        edits.push(Edit::Mac {
+            interface: interface.into(),
+            mac,
+        });
+    }
+    for (disk, defined) in definition.disks().iter().enumerate() {
+        let is_drive = matches!(defined.device, DiskDevice::Cdrom | DiskDevice::Floppy);
+        let source = match defined.source {
+            DiskSource::Other(_) | DiskSource::None => continue,
+            _ if is_drive => DiskSource::None,
+            _ => DiskSource::File(format!("/new/it's \"{disk}\" & <more>")),
+        };
+        edits.push(Edit::DiskSource { disk, source });
+        if defined.has_explicit_chain {
+            edits.push(Edit::DropBackingStore { disk });
+        }
+    }
+    if definition.firmware().nvram.is_some() {
+        edits.push(Edit::Nvram("/new/vars & more".into()));
+    }
+    edits
+}
+
+/// The lines that differ, found without the editor: `-` only before, `+` only after.
+fn changed_lines(before: &str, after: &str) -> String {
+    let (old, new): (Vec<&str>, Vec<&str>) = (
+        before.split_inclusive('\n').collect(),
+        after.split_inclusive('\n').collect(),
+    );
+    // The longest common subsequence of the lines, from the end.
+    let mut common = vec![vec![0_usize; new.len() + 1]; old.len() + 1];
+    for (i, line) in old.iter().enumerate().rev() {
+        for (j, other) in new.iter().enumerate().rev() {
+            common[i][j] = if line == other {
+                common[i + 1][j + 1] + 1
+            } else {
+                common[i + 1][j].max(common[i][j + 1])
+            };
+        }
+    }
+    let (mut i, mut j, mut lines) = (0, 0, String::new());
+    while i < old.len() || j < new.len() {
+        if i < old.len() && j < new.len() && old[i] == new[j] {
+            (i, j) = (i + 1, j + 1);
+        } else if j == new.len() || i < old.len() && common[i + 1][j] >= common[i][j + 1] {
+            lines += &format!("-{}\n", old[i].escape_debug());
+            i += 1;
+        } else {
+            lines += &format!("+{}\n", new[j].escape_debug());
+            j += 1;
+        }
+    }
+    lines
+}
+
+#[test]
+fn a_clone_changes_the_lines_that_it_means_to_change_and_no_byte_else() {
+    let fixtures = fixtures();
+    assert!(fixtures.len() >= 20);
+    let mut changes = String::new();
+    for (name, text) in fixtures {
+        let definition =
+            Definition::parse(text.clone()).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        assert_eq!(
+            definition.edited(&[]).unwrap().text(),
+            text,
+            "{name}: nothing edited, nothing changed"
+        );
+        let edits = clone_edits(&definition);
+        let clone = definition
+            .edited(&edits)
+            .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        assert_eq!(clone.name(), "new <name> & \"more\"", "{name}");
+        assert_eq!(clone.uuid(), Uuid::from_u128(0xffff_0000), "{name}");
+        for edit in edits {
+            match edit {
+                Edit::Mac { interface, mac } => {
+                    assert_eq!(clone.interfaces()[interface].mac, Some(mac.to_string()))
+                }
+                Edit::DiskSource { disk, source } => {
+                    assert_eq!(clone.disks()[disk].source, source, "{name}")
+                }
+                Edit::DropBackingStore { disk } => assert!(!clone.disks()[disk].has_explicit_chain),
+                Edit::Nvram(path) => assert_eq!(clone.firmware().nvram, Some(path)),
+                _ => {}
+            }
+        }
+        let differences = definition.differences(&clone);
+        assert!(differences.is_empty(), "{name}: {differences:?}");
+        changes += &format!("== {name}\n{}", changed_lines(&text, clone.text()));
+    }
+    // Read by a person whenever it changes; KVM_CLONE_BLESS=1 writes it anew.
+    let expected = fixture_directory().join("cloned.diff");
+    if std::env::var_os("KVM_CLONE_BLESS").is_some() {
+        std::fs::write(&expected, &changes).unwrap();
+    }
+    assert_eq!(
+        changes,
+        std::fs::read_to_string(&expected).unwrap_or_default()
+    );
+}
+
+#[test]
+fn what_a_clone_must_know_is_found_in_every_kind_of_definition() {
+    let of = |wanted: &str| {
+        let (_, text) = fixtures()
+            .into_iter()
+            .find(|(name, _)| name == wanted)
+            .unwrap();
+        Definition::parse(text).unwrap()
+    };
+    assert_eq!(of("hostdev").host_devices().len(), 4);
+    assert_eq!(of("tpm-passthrough").tpm().unwrap().backend, "passthrough");
+    assert_eq!(of("tpm-secret").secrets()[0].used_by, "the TPM");
+    assert_eq!(
+        of("luks").secrets()[0].id,
+        "9f3a1b5c-0000-4000-8000-00000000bbbb"
+    );
+    assert_eq!(of("network-disks").secrets().len(), 2);
+    let sources: Vec<_> = of("network-disks")
+        .disks()
+        .iter()
+        .map(|disk| disk.source.clone())
+        .collect();
+    assert_eq!(sources[2], DiskSource::Other("nvme".into()));
+    assert_eq!(
+        of("vhost-user").disks()[0].source,
+        DiskSource::Other("vhostuser".into())
+    );
+    assert_eq!(
+        of("vhost-user").interfaces()[0].source,
+        InterfaceSource::Other("vhostuser".into())
+    );
+    assert_eq!(of("virtiofs").shared_directories()[0].source, "/srv/share");
+    assert_eq!(of("direct-boot").boot_files().len(), 4);
+    assert_eq!(of("direct-boot").memory_bytes(), 512 << 20);
+    assert_eq!(of("direct-boot").host_paths()[0].path, "/dev/hwrng");
+    assert_eq!(
+        of("secure-boot").firmware().nvram.as_deref(),
+        Some("/var/lib/libvirt/qemu/nvram/win11_VARS.fd")
+    );
+    assert!(of("uefi-auto").firmware().auto);
+    assert_eq!(of("quoting").name(), "Zürich & Genève <1>");
+    assert_eq!(of("cdata").name(), "raw <name> & co");
+    assert_eq!(of("comments").name(), "noted");
+    assert_eq!(
+        of("whitespace").disks()[0].source,
+        DiskSource::File("/i/spaced.raw".into())
+    );
+    assert_eq!(of("metadata").disks().len(), 1);
+    assert_eq!(of("many-nics").interfaces()[4].mac, None);
+    assert_eq!(of("s390x").memory_bytes(), 1 << 40);
+}
+
+#[test]
+fn what_differs_is_named_and_what_makes_another_vm_does_not_count() {
+    let (_, text) = fixtures()
+        .into_iter()
+        .find(|(name, _)| name == "uefi-nvram")
+        .unwrap();
+    let here = Definition::parse(text.clone()).unwrap();
+    let other = text
+        .replace("<memory unit='GiB'>2", "<memory unit='GiB'>3")
+        .replace("<model type='virtio'/>", "<model type='e1000'/>")
+        .replace("<serial>FEDORA01</serial>", "")
+        .replace("52:54:00:00:02:01", "52:54:00:00:02:99");
+    let lines = here.differences(&Definition::parse(other).unwrap());
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    for part in [
+        "memory[1]: \"2\" here, \"3\" there",
+        "model[1]/@type",
+        "serial[1]",
+    ] {
+        assert!(
+            lines.iter().any(|line| line.contains(part)),
+            "{part} in {lines:?}"
+        );
+    }
+}

@@ -1,10 +1,11 @@
 //! How far a run is: a bar on a terminal, else a line every few seconds, always on standard error.
 
 use std::fmt::Write as _;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// How often a line is printed where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -109,11 +110,17 @@ fn bar(total: u64, colour: bool) -> ProgressBar {
     );
     let style =
         ProgressStyle::with_template(&template).expect("the template is a constant, and valid");
-    // Ten times a second, whatever the agents report.
-    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
+    let bar = bars().add(ProgressBar::new(total));
     bar.set_style(style.progress_chars("=> "));
     bar.enable_steady_tick(Duration::from_millis(250));
     bar
+}
+
+/// All bars of this program, one below the other: the disks of a VM move side by side. Drawn ten
+/// times a second, whatever the agents report.
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(10)))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for people to read")]

@@ -6,14 +6,19 @@ use kvm_clone_tests::controller::{Controller, Run};
 use tempfile::TempDir;
 
 /// What is there. A command that does not exist yet is not listed, even if it is promised.
-const COMMANDS: [&str; 7] = [
+const COMMANDS: [&str; 12] = [
     "agent",
+    "clone",
     "completions",
     "config",
     "demo",
     "disk",
     "doctor",
+    "history",
+    "list",
     "man",
+    "sync",
+    "verify",
 ];
 
 /// A controller that knows no hosts; needs no root.

@@ -5,10 +5,11 @@ use clap::{Args, Subcommand};
 use super::App;
 use super::history::Recording;
 use super::options::{CompareArgs, DiskArgs, OutputFormat, TransferArgs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::history::Begun;
 use crate::output;
-use crate::transfer::{self, MethodChoice, Operation, Request};
+use crate::transfer::{self, LiveRead, MethodChoice, Operation, Request};
+use crate::vm::LiveChoice;
 
 /// What can be done with two disks.
 #[derive(Debug, Subcommand)]
@@ -25,6 +26,10 @@ pub(super) enum Command {
 pub(super) struct Sync {
     #[command(flatten)]
     disks: DiskArgs,
+    /// What to do about a source that is in use: refuse, or torn (read it as it is) [default:
+    /// refuse]
+    #[arg(long, value_name = "auto|refuse|torn")]
+    live: Option<LiveChoice>,
     #[command(flatten)]
     transfer: TransferArgs,
 }
@@ -40,7 +45,8 @@ pub(super) struct Compare {
 pub(super) async fn run(app: &App, command: Command) -> Result<()> {
     let request = match command {
         Command::Sync(sync) => {
-            let options = sync.transfer.resolve(&app.config, MethodChoice::Blocksync);
+            let mut options = sync.transfer.resolve(&app.config, MethodChoice::Blocksync);
+            options.live = live(sync.live.unwrap_or_default())?;
             sync.disks
                 .request(Operation::Sync, options, sync.transfer.dry_run)?
         }
@@ -55,6 +61,18 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         )?,
     };
     transfer_and_report(app, &request).await
+}
+
+/// How a disk's source is read. A disk has no VM that could be suspended.
+fn live(choice: LiveChoice) -> Result<LiveRead> {
+    match choice {
+        LiveChoice::Auto | LiveChoice::Refuse => Ok(LiveRead::No),
+        LiveChoice::Torn => Ok(LiveRead::Torn),
+        LiveChoice::Pause => Err(
+            Error::usage("--live pause suspends a VM, and a disk is none")
+                .hint("use \"clone\" or \"sync\" for a whole VM"),
+        ),
+    }
 }
 
 /// Prints the result, also of a failure, to which the figures so far belong.

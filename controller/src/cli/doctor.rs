@@ -9,6 +9,7 @@ use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{DEFAULT_INSTALL_PATH, Facts, Host};
 use crate::output;
+use crate::transfer::{Abilities, Choice, direct};
 
 /// Below this much free space there is hardly room for a disk.
 const LITTLE_SPACE: u64 = 1 << 30;
@@ -82,6 +83,9 @@ struct Report {
     operation: &'static str,
     success: bool,
     hosts: Vec<Examination>,
+    /// For two hosts: what a first copy from one to the other would take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    method: Option<Choice>,
 }
 
 pub(super) async fn run(app: &App, specs: Vec<HostSpec>) -> Result<()> {
@@ -92,14 +96,15 @@ pub(super) async fn run(app: &App, specs: Vec<HostSpec>) -> Result<()> {
         let libvirt = libvirt.clone();
         async move {
             Ok(match host.facts(&libvirt).await {
-                Ok(facts) => reached(&host, &facts, &libvirt),
-                Err(error) => unreached(&error),
+                Ok(facts) => (reached(&host, &facts, &libvirt), Some(facts)),
+                Err(error) => (unreached(&error), None),
             })
         }
     };
-    let (mut examinations, mut errors) = (Vec::new(), Vec::new());
+    let (mut examinations, mut errors, mut known) = (Vec::new(), Vec::new(), Vec::new());
     for (host, checks) in side_by_side(hosts, examine).await {
-        let checks = checks?;
+        let (checks, facts) = checks?;
+        known.extend(facts.map(|facts| (host.clone(), facts)));
         let failed = checks.iter().find(|check| check.status == Status::Failure);
         examinations.push(Examination {
             host: host.to_string(),
@@ -114,9 +119,34 @@ pub(super) async fn run(app: &App, specs: Vec<HostSpec>) -> Result<()> {
         operation: "doctor",
         success: errors.is_empty(),
         hosts: examinations,
+        method: method(&known).await,
     };
     output::print(&report, app.format(), || text(&report))?;
     combined(errors, n_hosts)
+}
+
+/// The method that `auto` would take for a disk that the second host does not have.
+async fn method(known: &[(Host, Facts)]) -> Option<Choice> {
+    let [(from, source), (to, destination)] = known else {
+        return None;
+    };
+    let cannot = |(host, facts): &(Host, Facts)| {
+        let foreign = agent_binary::check_architecture(&host.to_string(), &facts.machine).err();
+        let reason = foreign.map(|error| error.one_line());
+        reason.or_else(|| {
+            facts
+                .cache
+                .is_none()
+                .then(|| format!("{host} has no place for the agent"))
+        })
+    };
+    let abilities = Abilities {
+        direct: direct(from, to).await,
+        no_agent: known.iter().find_map(cannot),
+        scp: !source.scp.is_empty() && !destination.scp.is_empty(),
+        rsync: !source.rsync.is_empty() && !destination.rsync.is_empty(),
+    };
+    abilities.first_copy()
 }
 
 fn to_error(check: &Check) -> Option<Error> {
@@ -318,6 +348,9 @@ fn text(report: &Report) -> String {
                 text += &format!("{:28}-> {hint}\n", "");
             }
         }
+    }
+    if let Some(Choice { method, reason }) = &report.method {
+        text += &format!("method    {}: {reason}\n", method.name());
     }
     text
 }

@@ -72,6 +72,9 @@ fn mark(word: &str) -> Result<String> {
 }
 
 impl Errand {
+    /// The exit status of a program whose ssh to the other host failed.
+    pub const NO_LOGIN: i32 = script::NESTED_SSH_FAILED;
+
     /// More of what the program writes; empty at its end. Safe to cancel.
     ///
     /// # Errors
@@ -83,7 +86,8 @@ impl Errand {
         Ok(bytes)
     }
 
-    /// Waits for the end: how it ended, and the start of what it complained about.
+    /// Waits for the end: how it ended, and the start of what it complained about. What ssh means
+    /// with 255, a program that ran ssh tells with [`Errand::NO_LOGIN`].
     ///
     /// # Errors
     /// When the connection to the host broke.

@@ -261,6 +261,9 @@ pub(super) fn remove() -> String {
     ))
 }
 
+/// The status with which an errand tells that its own ssh failed: 255 would be ours.
+pub(super) const NESTED_SSH_FAILED: i32 = 254;
+
 /// Runs a quoted command that ends with standard input: when that ends, so does the command, with
 /// all that it started. `known_hosts` are lines that it finds in the file `$k`, which has no name
 /// by then, so that nothing is left of it.
@@ -284,6 +287,7 @@ pub(super) fn errand(command: &str, known_hosts: &[u8]) -> Result<String> {
         ( cat <&8 >/dev/null; kill $p ) >/dev/null 2>&1 9<&- & w=$!;
         wait $p; r=$?;
         kill $w 2>/dev/null;
+        [ $r -ne 255 ] || r={NESTED_SSH_FAILED};
         exit $r"#
     )))
 }

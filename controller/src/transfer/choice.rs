@@ -5,7 +5,7 @@ use super::request::{MethodChoice, Operation, Request};
 use super::rsync::Rsync;
 use super::scp::Scp;
 use super::{Context, Method};
-use crate::error::{ErrorCode, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::host::Host;
 
 /// A method, and why `auto` chose it.
@@ -61,18 +61,47 @@ async fn automatic(context: &Context, request: &Request) -> Result<Choice> {
     first_copy(&from, &to).await
 }
 
-/// The method for a disk that the destination does not have. Measured on one machine, the first
-/// copy by the agents takes as long as the bare connection; scp and rsync take 2.5 times that.
-///
-/// # Errors
-/// When a host cannot be reached.
-pub async fn first_copy(from: &Host, to: &Host) -> Result<Choice> {
-    let one_host = from.spec() == to.spec() || from.is_local() || to.is_local();
-    if !one_host && to.reachable_from(from).await.is_err() {
-        return Ok(blocksync(
-            "the source host has no direct way to the destination host",
-        ));
+/// What is known of a pair of hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Abilities {
+    /// The source host can log in at the destination host, or none is needed.
+    pub direct: bool,
+    /// Why one of them cannot run the agent.
+    pub no_agent: Option<String>,
+    /// Both have scp.
+    pub scp: bool,
+    /// Both have rsync.
+    pub rsync: bool,
+}
+
+impl Abilities {
+    /// The method for a disk that the destination does not have; `None` when there is none.
+    /// Measured on one machine, the first copy by the agents takes as long as the bare connection;
+    /// scp and rsync take 2.5 times that.
+    pub fn first_copy(&self) -> Option<Choice> {
+        let choice = |method, reason: String| Some(Choice { method, reason });
+        match (&self.no_agent, self.direct) {
+            (None, true) => Some(blocksync(
+                "it is the fastest for a first copy, and both hosts run its agent",
+            )),
+            (None, false) => Some(blocksync(
+                "the source host has no direct way to the destination host",
+            )),
+            (Some(why), _) if self.scp => choice(
+                MethodChoice::Libvirt,
+                format!("both hosts have scp, and {why}"),
+            ),
+            (Some(why), true) if self.rsync => choice(
+                MethodChoice::Rsync,
+                format!("both hosts have rsync, and {why}"),
+            ),
+            (Some(_), _) => None,
+        }
     }
+}
+
+/// The method for a disk that the destination does not have.
+async fn first_copy(from: &Host, to: &Host) -> Result<Choice> {
     let mut why = None;
     for host in [from, to] {
         match host.start_agent().await {
@@ -81,26 +110,23 @@ pub async fn first_copy(from: &Host, to: &Host) -> Result<Choice> {
             Err(error) => return Err(error),
         }
     }
-    let Some(why) = why else {
-        return Ok(blocksync(
-            "it is the fastest for a first copy, and both hosts run its agent",
-        ));
+    let abilities = Abilities {
+        direct: direct(from, to).await,
+        no_agent: why.as_ref().map(Error::one_line),
+        scp: has_both(from, to, "scp").await,
+        rsync: has_both(from, to, "rsync").await,
     };
-    let (method, program) = match (
-        has_both(from, to, "scp").await,
-        has_both(from, to, "rsync").await,
-    ) {
-        (true, _) => (MethodChoice::Libvirt, "scp"),
-        (false, true) => (MethodChoice::Rsync, "rsync"),
-        (false, false) => return Err(why),
-    };
-    Ok(Choice {
-        method,
-        reason: format!(
-            "both hosts have {program}, and one cannot run the agent: {}",
-            why.one_line()
-        ),
-    })
+    match (abilities.first_copy(), why) {
+        (Some(choice), _) => Ok(choice),
+        (None, Some(why)) => Err(why),
+        (None, None) => Err(Error::new(ErrorCode::Internal, "no method was chosen")),
+    }
+}
+
+/// Whether data can go straight from one host to the other.
+pub async fn direct(from: &Host, to: &Host) -> bool {
+    let needs_none = from.spec() == to.spec() || from.is_local() || to.is_local();
+    needs_none || to.reachable_from(from).await.is_ok()
 }
 
 fn blocksync(reason: &str) -> Choice {
@@ -112,4 +138,51 @@ fn blocksync(reason: &str) -> Choice {
 
 async fn has_both(from: &Host, to: &Host, program: &str) -> bool {
     from.require(program).await.is_ok() && to.require(program).await.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agents_come_first_and_what_is_missing_decides() {
+        let all = Abilities {
+            direct: true,
+            no_agent: None,
+            scp: true,
+            rsync: true,
+        };
+        let method = |abilities: &Abilities| abilities.first_copy().map(|choice| choice.method);
+        assert_eq!(method(&all), Some(MethodChoice::Blocksync));
+        let relayed = Abilities {
+            direct: false,
+            ..all.clone()
+        };
+        assert_eq!(method(&relayed), Some(MethodChoice::Blocksync));
+        assert!(
+            relayed
+                .first_copy()
+                .unwrap()
+                .reason
+                .contains("no direct way")
+        );
+        let foreign = Abilities {
+            no_agent: Some("it is riscv64".into()),
+            ..all
+        };
+        assert_eq!(method(&foreign), Some(MethodChoice::Libvirt));
+        assert!(foreign.first_copy().unwrap().reason.contains("riscv64"));
+        let bare = Abilities {
+            scp: false,
+            ..foreign
+        };
+        assert_eq!(method(&bare), Some(MethodChoice::Rsync));
+        assert_eq!(
+            method(&Abilities {
+                direct: false,
+                ..bare
+            }),
+            None
+        );
+    }
 }

@@ -25,7 +25,7 @@ use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, SshOptions};
 use crate::progress::Style;
-pub use choice::{Choice, first_copy};
+pub use choice::{Abilities, Choice, direct};
 pub use request::{LiveRead, MethodChoice, Operation, Options, Request, RouteChoice, Verification};
 pub use result::{Route, TransferResult};
 

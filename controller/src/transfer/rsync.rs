@@ -170,7 +170,7 @@ fn explain(ground: &Ground, status: Option<i32>, stderr: &str) -> Error {
             ErrorCode::NoSpace,
             "make room, and run the same command again",
         ),
-        Some(255) => {
+        Some(Errand::NO_LOGIN) => {
             let error = ground.to.explain(stderr);
             let hint = "let the source host log in there (--forward-agent, or a key of its own), or use --method blocksync";
             return Error::new(

@@ -8,7 +8,7 @@ use super::network::{Known, name_of};
 use super::obstacle::Obstacles;
 use super::survey::{Survey, holds_data};
 use crate::error::{ErrorCode, Result};
-use crate::libvirt::definition::{Definition, DiskSource, InterfaceSource, MacAddress};
+use crate::libvirt::definition::{Definition, DiskDevice, DiskSource, InterfaceSource, MacAddress};
 use crate::libvirt::{DomainCapabilities, Hypervisor, Memory};
 use crate::output;
 
@@ -101,6 +101,12 @@ pub(super) fn portable(survey: &Survey, excluded: &[String], obstacles: &mut Obs
         {
             obstacles.refused(
                 format!("disk {name} of {vm} is of type {kind}, which cannot be copied"),
+                &leave_out,
+            );
+        }
+        if disk.device == DiskDevice::Lun {
+            obstacles.refused(
+                format!("disk {name} of {vm} is a SCSI device of its host"),
                 &leave_out,
             );
         }

@@ -1,3 +1,5 @@
+//! Definitions read and changed: the fixtures beside this file, and single cases.
+
 use super::*;
 
 const PLAIN: &str = "<domain type='qemu'>\r\n  <name>a &amp; b</name><uuid>a021b7ff-2a93-4cc2-b142-283ca4f1df4a</uuid>\r\n  <metadata><x:m xmlns:x='urn:x'><x:name>n</x:name><disk/></x:m></metadata>\r\n  <memory unit='MiB'>256</memory><vcpu>2</vcpu>\r\n  <os firmware='efi'>\r\n    <type arch='x86_64' machine='q35'>hvm</type>\r\n  </os>\r\n  <devices>\r\n    <disk type='block' device='disk'>\r\n      <source dev=\"/dev/vg/a\"   index='1'/>\r\n      <target dev='vda'/>\r\n    </disk>\r\n    <disk type='file' device='cdrom'>\r\n      <source file='/iso'/>\r\n      <target dev='sda'/>\r\n    </disk>\r\n    <interface type='network'><source network='default' portgroup='p'/></interface>\r\n  </devices>\r\n</domain>";
@@ -180,10 +182,10 @@ fn a_clone_changes_the_lines_that_it_means_to_change_and_no_byte_else() {
         for edit in edits {
             match edit {
                 Edit::Mac { interface, mac } => {
-                    assert_eq!(clone.interfaces()[interface].mac, Some(mac.to_string()))
+                    assert_eq!(clone.interfaces()[interface].mac, Some(mac.to_string()));
                 }
                 Edit::DiskSource { disk, source } => {
-                    assert_eq!(clone.disks()[disk].source, source, "{name}")
+                    assert_eq!(clone.disks()[disk].source, source, "{name}");
                 }
                 Edit::DropBackingStore { disk } => assert!(!clone.disks()[disk].has_explicit_chain),
                 Edit::Nvram(path) => assert_eq!(clone.firmware().nvram, Some(path)),

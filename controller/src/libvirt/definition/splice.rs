@@ -63,20 +63,18 @@ impl<'a> Splices<'a> {
     /// Gives an element this text as its whole content.
     pub(super) fn set_text(&mut self, node: Node<'_, '_>, value: &str) {
         let escaped = escape(value, None);
-        let (first, last) = (node.first_child(), node.last_child());
-        if let (Some(first), Some(last)) = (first, last) {
-            self.change(first.range().start..last.range().end, escaped);
-            return;
-        }
         let (range, name) = (node.range(), node.tag_name().name());
         let element = &self.text[range.clone()];
         if let Some(open) = element.strip_suffix("/>") {
             let end = range.start + open.trim_end().len();
             self.change(end..range.end, format!(">{escaped}</{name}>"));
-        } else {
-            let end = range.start + element.rfind("</").unwrap_or(element.len());
-            self.change(end..end, escaped);
+            return;
         }
+        // Up to the end tag, and not to the last child's end: the parser gives text that changes
+        // to CDATA and back as one node, with the place of its first piece.
+        let end = range.start + element.rfind("</").unwrap_or(element.len());
+        let start = node.first_child().map_or(end, |first| first.range().start);
+        self.change(start..end, escaped);
     }
 
     /// Takes an element away, with the line that it stands on if nothing else does.

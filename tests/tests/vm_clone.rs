@@ -316,6 +316,51 @@ fn a_clone_that_is_killed_leaves_no_vm_and_is_taken_up_by_the_same_command() {
 }
 
 #[test]
+fn a_clone_that_is_stopped_by_the_user_removes_what_it_made() {
+    let Some(site) = Site::start() else { return };
+    site.define(&site.a, &Vm::new("big"));
+    for (options, left) in [(&[][..], 0), (&["--keep-partial"], 1)] {
+        let words = [
+            "clone",
+            "hvA",
+            "hvB",
+            "big",
+            "--new-name",
+            "b2",
+            "--method",
+            "blocksync",
+            "--bandwidth-limit",
+            "2M",
+        ];
+        let running = site.controller.start(words.iter().chain(options));
+        let partial = site.b.image(".b2-vda.raw.kc-new");
+        let appeared = || partial.exists().then_some(());
+        kvm_clone_tests::process::wait_for(
+            "the copy begins",
+            std::time::Duration::from_secs(60),
+            appeared,
+        );
+        running.signal(nix::sys::signal::Signal::SIGINT);
+        let run = running.wait();
+        run.expect_failure(130, &["cancelled"], "stopped by the user");
+        assert_eq!(site.b.image_names().len(), left, "{run}");
+    }
+    let resumed = site.controller.run([
+        "clone",
+        "hvA",
+        "hvB",
+        "big",
+        "--new-name",
+        "b2",
+        "--method",
+        "blocksync",
+    ]);
+    assert_eq!(resumed.expect_json()["resumed"], true, "{resumed}");
+    site.a.assert_tidy();
+    site.b.assert_tidy();
+}
+
+#[test]
 fn force_replaces_a_vm_that_is_off_and_its_disks_go_last() {
     let Some(site) = Site::start() else { return };
     site.define(&site.a, &Vm::new("app"));

@@ -1,12 +1,14 @@
 //! The result of an operation on a whole VM: the fields of a transfer, summed over its disks, and
 //! each disk's own.
 
+use std::time::Instant;
+
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::obstacle::Obstacle;
 use super::plan::Plan;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::transfer::{Route, TransferResult};
 
 /// What an operation did with a VM. A figure that is not known of every disk is `None`.
@@ -124,6 +126,14 @@ impl VmResult {
             definition_differences: None,
             disks: Vec::new(),
         }
+    }
+
+    /// The operation that began at `started` has ended.
+    pub(super) fn ended(mut self, started: Instant, done: Result<()>) -> Self {
+        self.success = done.is_ok();
+        self.error = done.err();
+        self.duration_seconds = started.elapsed().as_secs_f64();
+        self
     }
 
     /// Takes over what the transfers of the disks did, each warning once.

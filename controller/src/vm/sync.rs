@@ -62,12 +62,8 @@ pub async fn run(context: &Context, connect: &str, request: &SyncRequest) -> VmR
         .clone()
         .unwrap_or_else(|| request.vm.clone());
     result.dry_run = request.dry_run;
-    match sync(context, connect, request, &mut result).await {
-        Ok(()) => result.success = true,
-        Err(error) => result.error = Some(error),
-    }
-    result.duration_seconds = started.elapsed().as_secs_f64();
-    result
+    let done = sync(context, connect, request, &mut result).await;
+    result.ended(started, done)
 }
 
 async fn sync(

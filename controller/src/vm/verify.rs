@@ -11,7 +11,7 @@ use super::transfers::{Move, Moves};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
-use crate::transfer::{Context, Operation, Options, TransferResult};
+use crate::transfer::{Context, LiveRead, Operation, Options, TransferResult};
 
 /// What is compared, and how.
 #[derive(Debug, Clone)]
@@ -42,12 +42,8 @@ pub async fn run(context: &Context, connect: &str, request: &VerifyRequest) -> V
         .target_name
         .clone()
         .unwrap_or_else(|| request.vm.clone());
-    match verify(context, connect, request, &mut result).await {
-        Ok(()) => result.success = true,
-        Err(error) => result.error = Some(error),
-    }
-    result.duration_seconds = started.elapsed().as_secs_f64();
-    result
+    let done = verify(context, connect, request, &mut result).await;
+    result.ended(started, done)
 }
 
 async fn verify(
@@ -93,7 +89,12 @@ async fn verify(
         .domain
         .definition
         .differences(&target.domain.definition);
-    let disks = compare(context, request, &moves, result).await;
+    let live = if source.domain.state.is_off() {
+        LiveRead::No
+    } else {
+        LiveRead::Torn
+    };
+    let disks = compare(context, request, &moves, live, result).await;
     let alike = differences.is_empty();
     result.definition_differences = Some(differences);
     disks?;
@@ -112,13 +113,17 @@ async fn compare(
     context: &Context,
     request: &VerifyRequest,
     files: &[Move],
+    live: LiveRead,
     result: &mut VmResult,
 ) -> Result<()> {
     let moves = Moves {
         operation: Operation::Verify,
         from: request.source.clone(),
         to: request.destination.clone(),
-        options: request.options.clone(),
+        options: Options {
+            live,
+            ..request.options.clone()
+        },
         dry_run: false,
         parallel: request.parallel,
     };

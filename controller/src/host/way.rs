@@ -122,17 +122,13 @@ impl Host {
     /// # Errors
     /// Missing requirement, when it has not.
     pub async fn require(&self, program: &str) -> Result<()> {
-        let found = self.tool(&["which", program], b"").await?;
-        if found.status.success() {
-            return Ok(());
+        // Whatever it says to that, it is there.
+        match self.tool(&[program, "--version"], b"").await {
+            Err(error) if error.code() == ErrorCode::MissingRequirement => Err(error.hint(
+                format!("install {program} there, or use --method blocksync"),
+            )),
+            other => other.map(drop),
         }
-        Err(Error::new(
-            ErrorCode::MissingRequirement,
-            format!("{self} has no {program}"),
-        )
-        .hint(format!(
-            "install {program} there, or use --method blocksync"
-        )))
     }
 }
 

@@ -36,6 +36,15 @@ pub(super) struct Ground {
     pub(super) written: String,
 }
 
+/// What a method does with holes while it copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holes {
+    /// It leaves them out.
+    Kept,
+    /// It writes them as zeros, which take room.
+    Filled,
+}
+
 /// Looks at both ends, and refuses what cannot end well before anything is changed.
 ///
 /// # Errors
@@ -44,6 +53,7 @@ pub(super) async fn survey(
     context: &Context,
     request: &Request,
     method: &str,
+    holes: Holes,
     result: &mut TransferResult,
 ) -> Result<Ground> {
     if request.operation != Operation::Sync || request.dry_run {
@@ -82,7 +92,7 @@ pub(super) async fn survey(
     };
     ground.check_distinct(request).await?;
     ground.check_locks(request).await?;
-    ground.check_room(request).await?;
+    ground.check_room(request, holes).await?;
     ground.tell(request, method, result).await?;
     Ok(ground)
 }
@@ -165,15 +175,17 @@ impl Ground {
         Ok(())
     }
 
-    async fn check_room(&self, request: &Request) -> Result<()> {
+    async fn check_room(&self, request: &Request, holes: Holes) -> Result<()> {
         if self.existing.is_some() {
             return Ok(());
         }
         let directory = self.directory();
         let has = self.to.file_facts(&self.written).await?;
-        let needed = self
-            .data_bytes()
-            .saturating_sub(has.map_or(0, |facts| facts.allocated_bytes));
+        let whole = match holes {
+            Holes::Kept => self.data_bytes(),
+            Holes::Filled => self.source_facts.size_bytes,
+        };
+        let needed = whole.saturating_sub(has.map_or(0, |facts| facts.allocated_bytes));
         let free = self.to.space(directory).await?.free_bytes;
         if needed > free {
             let (needed, free) = (output::iec(needed), output::iec(free));
@@ -237,6 +249,30 @@ impl Ground {
         } else {
             Route::Direct
         }
+    }
+
+    /// The error of a program whose ssh did not get to the other host, if it says so.
+    pub(super) fn no_login(&self, stderr: &str) -> Option<Error> {
+        const SAID: [&str; 8] = [
+            "Permission denied (",
+            "Host key verification failed",
+            "host key is known",
+            "Could not resolve",
+            "Connection refused",
+            "Connection timed out",
+            "No route to host",
+            "Network is unreachable",
+        ];
+        if !SAID.iter().any(|part| stderr.contains(part)) {
+            return None;
+        }
+        let (from, to) = if self.to.is_local() {
+            (&self.to, &self.from)
+        } else {
+            (&self.from, &self.to)
+        };
+        let message = format!("{from} does not reach {to} by ssh");
+        Some(Error::new(to.explain(stderr).code(), message).caused_by(stderr.to_owned()))
     }
 
     /// Makes what was written durable, and gives it its name unless something has that by now.

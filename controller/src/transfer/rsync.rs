@@ -1,7 +1,7 @@
 //! Method `rsync`: rsync on the source host, tuned for VM images: sparse, resumable, with no
 //! compression, and with no trust in sizes and times.
 
-use super::copy::{self, Ground, cannot};
+use super::copy::{self, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::TransferResult;
 use super::{Context, Method, Working};
@@ -49,7 +49,7 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
         return Err(cannot(NAME, "pass its data through this machine")
             .hint("--method blocksync and --method libvirt can; or let the source host log in at the destination"));
     }
-    let ground = copy::survey(context, request, NAME, result).await?;
+    let ground = copy::survey(context, request, NAME, Holes::Kept, result).await?;
     for host in [&ground.from, &ground.to] {
         host.require("rsync").await?;
     }
@@ -165,22 +165,16 @@ fn explain(ground: &Ground, status: Option<i32>, stderr: &str) -> Error {
     let what = format!("rsync from {} to {} failed", ground.from, ground.to);
     let again = "the same command takes the run up again";
     let full = stderr.contains("No space left") || stderr.contains("ENOSPC");
+    // It ends with ssh's status, or with that of a connection that broke, as it happens.
+    if let Some(error) = ground.no_login(stderr) {
+        return error.hint("let the source host log in there (--forward-agent, or a key of its own), or use --method blocksync");
+    }
     let (code, hint) = match status {
         _ if full => (
             ErrorCode::NoSpace,
             "make room, and run the same command again",
         ),
-        Some(Errand::NO_LOGIN) => {
-            let error = ground.to.explain(stderr);
-            let hint = "let the source host log in there (--forward-agent, or a key of its own), or use --method blocksync";
-            return Error::new(
-                error.code(),
-                format!("{} does not reach {} by ssh", ground.from, ground.to),
-            )
-            .caused_by(stderr.to_owned())
-            .hint(hint);
-        }
-        Some(10 | 12 | 20 | 30 | 35) | None => (ErrorCode::Interrupted, again),
+        Some(10 | 12 | 20 | 30 | 35 | Errand::NO_LOGIN) | None => (ErrorCode::Interrupted, again),
         Some(1 | 2 | 4) => (
             ErrorCode::MissingRequirement,
             "install rsync 3.1 or newer on both hosts, or use --method blocksync",

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::copy::{self, BLOCKSYNC_CAN, Ground, cannot};
+use super::copy::{self, BLOCKSYNC_CAN, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::{Route, TransferResult};
 use super::{Context, Method, Working};
@@ -46,7 +46,7 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
     for disk in [&request.source, &request.destination] {
         check_path(disk)?;
     }
-    let ground = copy::survey(context, request, NAME, result).await?;
+    let ground = copy::survey(context, request, NAME, Holes::Filled, result).await?;
     if ground.source_facts.kind == FileKind::Device {
         return Err(cannot(NAME, "read a block device")
             .caused_by(format!("{} is one", request.source))
@@ -246,20 +246,8 @@ fn explain(ground: &Ground, stderr: &str) -> Error {
             .caused_by(stderr.to_owned())
             .hint("make room, or choose another place");
     }
-    let login = [
-        "Permission denied (",
-        "Host key verification failed",
-        "host key is known",
-        "Could not resolve",
-        "Connection refused",
-        "timed out",
-        "No route to host",
-    ];
-    if login.iter().any(|part| stderr.contains(part)) {
-        let code = ground.to.explain(stderr).code();
-        return Error::new(code, what)
-            .caused_by(stderr.to_owned())
-            .hint("let the source host log in there (--forward-agent, or a key of its own), or use --route relay");
+    if let Some(error) = ground.no_login(stderr) {
+        return error.hint("let the source host log in there (--forward-agent, or a key of its own), or use --route relay");
     }
     if stderr.contains("onnection") {
         return Error::new(ErrorCode::Interrupted, what)

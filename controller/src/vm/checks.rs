@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 
 use uuid::Uuid;
 
+use super::naming;
 use super::network::{Known, name_of};
 use super::obstacle::Obstacles;
 use super::survey::{Survey, holds_data};
 use crate::error::{ErrorCode, Result};
-use crate::libvirt::definition::{Definition, DiskDevice, DiskSource, InterfaceSource, MacAddress};
+use crate::libvirt::definition::{
+    Definition, Disk, DiskDevice, DiskSource, InterfaceSource, MacAddress,
+};
 use crate::libvirt::{DomainCapabilities, Hypervisor, Memory};
 use crate::output;
 
@@ -61,6 +64,12 @@ impl Destination {
         self.definitions
             .iter()
             .find(|definition| definition.uuid() == uuid)
+    }
+
+    /// Whether a VM has the file at `path` as a disk.
+    pub(super) fn uses(&self, path: &str) -> bool {
+        let mut disks = self.definitions.iter().flat_map(Definition::disks);
+        disks.any(|disk| is_at(disk, path))
     }
 
     /// Every MAC address in use.
@@ -150,11 +159,7 @@ fn images(survey: &Survey, obstacles: &mut Obstacles) {
 pub(super) async fn not_shared(survey: &Survey, obstacles: &mut Obstacles) -> Result<()> {
     for disk in &survey.disks {
         for image in disk.images.iter().filter(|image| !image.is_device()) {
-            let space = survey
-                .on
-                .host()
-                .space(super::naming::split(&image.path).0)
-                .await?;
+            let space = survey.on.host().space(naming::split(&image.path).0).await?;
             if space.is_shared() {
                 obstacles.refused(
                     format!("disk {}: {} is on shared storage ({})", disk.target, image.path, space.kind),
@@ -212,7 +217,7 @@ pub(super) async fn equipment(
             );
         }
     }
-    if definition.tpm().is_some() && host.tool(&["which", "swtpm"], b"").await?.stdout.is_empty() {
+    if definition.tpm().is_some() && host.tool(&["swtpm", "--version"], b"").await.is_err() {
         obstacles.missing(
             format!("{host} has no swtpm for the TPM"),
             "install swtpm and swtpm-tools there",
@@ -337,5 +342,15 @@ pub(super) fn connection(
         } else {
             warnings.push(message);
         }
+    }
+}
+
+/// Whether a disk is the file at `path`. A volume's path is not looked up: files of a pool are
+/// named by their path as well in nearly every definition, and a wrong "no" only keeps a file.
+pub(super) fn is_at(disk: &Disk, path: &str) -> bool {
+    match &disk.source {
+        DiskSource::File(theirs) | DiskSource::Block(theirs) => theirs == path,
+        DiskSource::Volume { volume, .. } => naming::split(path).1 == volume,
+        DiskSource::None | DiskSource::Other(_) => false,
     }
 }

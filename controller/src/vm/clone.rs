@@ -117,11 +117,11 @@ async fn clone(
         // It was interrupted after the clone was defined.
         return making.finish(result).await;
     }
-    if let Some(stale) = &plan.stale {
-        to.host().remove(&stale.leftovers()).await?;
+    if !plan.abandoned.is_empty() {
+        to.host().remove(&plan.abandoned).await?;
         let warning = format!(
             "what an interrupted clone to {} had left was removed",
-            stale.name
+            plan.name
         );
         result.warnings.push(warning);
     }

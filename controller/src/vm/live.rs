@@ -108,6 +108,9 @@ impl Suspension {
             .host()
             .guard(&suspend, &resume, &["rm", "-f", "--", &note])
             .await;
+        if guard.is_err() {
+            state::forget(on, Kind::Paused, &uuid).await?;
+        }
         let guard = guard.map_err(|error| {
             error.context(format!(
                 "{} on {} cannot be suspended",

@@ -43,9 +43,9 @@ pub struct Plan {
     /// An interrupted clone is taken up.
     #[serde(skip)]
     pub(super) resumed: bool,
-    /// What an interrupted clone of another VM under this name has left.
+    /// What an interrupted clone under this name has left that is of no use for this one.
     #[serde(skip)]
-    pub(super) stale: Option<CloneRecord>,
+    pub(super) abandoned: Vec<String>,
 }
 
 /// A file that a transfer carries.
@@ -129,11 +129,11 @@ impl<'a> Planner<'a> {
         let name = self.request.new_name(self.survey);
         let found = CloneRecord::read(&self.to.on, name).await?;
         let source_uuid = self.definition().uuid();
-        let (ours, stale) = match found {
-            Some(record) if record.source_uuid == source_uuid => (Some(record), None),
-            other => (None, other),
-        };
-        self.record = ours;
+        let left = found
+            .as_ref()
+            .map(CloneRecord::leftovers)
+            .unwrap_or_default();
+        self.record = found.filter(|record| record.source_uuid == source_uuid);
         self.find_pool().await?;
         let replaced = self.replaced(name).await?;
         let uuid = self
@@ -163,6 +163,9 @@ impl<'a> Planner<'a> {
             made: self.made,
             replaced,
         };
+        let kept = record.leftovers();
+        let mut abandoned = left;
+        abandoned.retain(|path| !kept.contains(path) && !self.to.uses(path));
         Ok(Plan {
             name: name.to_owned(),
             uuid,
@@ -173,7 +176,7 @@ impl<'a> Planner<'a> {
             overlays: self.overlays,
             record,
             resumed: self.record.is_some(),
-            stale,
+            abandoned,
         })
     }
 
@@ -270,7 +273,7 @@ impl<'a> Planner<'a> {
                 .filter(|other| other.uuid() != there.uuid());
             let is_used = others
                 .flat_map(Definition::disks)
-                .any(|other| is_at(other, &path));
+                .any(|other| checks::is_at(other, &path));
             if is_used || matches!(disk.source, DiskSource::Block(_)) {
                 self.warnings
                     .push(format!("{path} of the VM that is replaced is kept"));
@@ -492,6 +495,12 @@ impl<'a> Planner<'a> {
         Ok(Some(path))
     }
 
+    /// Whether the clone that is taken up is a VM already, and only its end is missing.
+    fn is_defined(&self) -> bool {
+        let uuid = self.record.as_ref().map(|record| record.uuid);
+        uuid.is_some_and(|uuid| self.to.with_uuid(uuid).is_some())
+    }
+
     /// The path that a file of the source was given, or is given now.
     fn destination_of(&mut self, source: &str, directory: &str, wanted: &str) -> String {
         if let Some(planned) = self.files.iter().find(|file| file.source == source) {
@@ -501,9 +510,12 @@ impl<'a> Planner<'a> {
             .record
             .as_ref()
             .and_then(|record| record.files.get(source));
-        if let Some(path) =
-            recorded.filter(|path| naming::split(path).0 == directory.trim_end_matches('/'))
-        {
+        let is_ours = |path: &&String| {
+            let is_there = naming::split(path).0 == directory.trim_end_matches('/');
+            // Somebody may have made a VM of what an interrupted clone has left.
+            is_there && (self.is_defined() || !self.to.uses(path))
+        };
+        if let Some(path) = recorded.filter(is_ours) {
             return path.clone();
         }
         let taken = self.taken.entry(directory.to_owned()).or_default();
@@ -682,16 +694,6 @@ impl<'a> Planner<'a> {
             );
         }
         Ok(())
-    }
-}
-
-/// Whether a disk is the file at `path`. A volume's path is not looked up: files of a pool are
-/// named by their path as well in nearly every definition, and a wrong "no" only keeps a file.
-fn is_at(disk: &Disk, path: &str) -> bool {
-    match &disk.source {
-        DiskSource::File(theirs) | DiskSource::Block(theirs) => theirs == path,
-        DiskSource::Volume { volume, .. } => naming::split(path).1 == volume,
-        DiskSource::None | DiskSource::Other(_) => false,
     }
 }
 

@@ -3,6 +3,8 @@
 //! A row is written when an operation begins and filled in when it ends, so that one which was
 //! killed is seen as unfinished. Several of this program may write at once.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -103,7 +105,12 @@ impl History {
 
     fn at(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
-            std::fs::create_dir_all(directory).map_err(|error| {
+            // Paths and names of hosts are nobody else's business.
+            let made = DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(directory);
+            made.map_err(|error| {
                 Error::io(
                     format!("cannot make the directory {}", directory.display()),
                     error,

@@ -331,3 +331,73 @@ fn without_a_login_between_the_hosts_rsync_says_so_and_scp_goes_through_here() {
         "the source host has no direct way to the destination host"
     );
 }
+
+#[test]
+fn what_lies_under_the_temporary_name_is_taken_up_only_if_a_run_has_left_it() {
+    let Some(lab) = Lab::start() else { return };
+    let (from, victim) = (lab.path("source"), lab.path("victim"));
+    source(&from);
+    fs::write(&victim, b"somebody's").unwrap();
+    for method in METHODS {
+        let sync = |to: &Path| lab.disk("sync", Journey::Direct, &from, to, &["--method", method]);
+        let partial = |name: &str| lab.path(format!(".{name}-{method}.kc-new"));
+        let to = |name: &str| lab.path(format!("{name}-{method}"));
+        std::os::unix::fs::symlink(&victim, partial("link")).unwrap();
+        fs::hard_link(&victim, partial("second-name")).unwrap();
+        for name in ["link", "second-name"] {
+            sync(&to(name)).expect_failure(5, &["refused"], "kc-new");
+            assert!(!to(name).exists());
+        }
+        fs::write(partial("held"), b"").unwrap();
+        let held = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(partial("held"))
+            .unwrap();
+        let lock = nix::libc::flock {
+            l_type: i16::try_from(nix::libc::F_WRLCK).unwrap(),
+            l_whence: 0,
+            l_start: 201,
+            l_len: 1,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(&held, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        sync(&to("held")).expect_failure(5, &["busy"], "held");
+        drop(held);
+        sync(&to("held")).expect_code(0);
+    }
+    assert_eq!(fs::read(&victim).unwrap(), b"somebody's");
+    // A harmless name that leads to one that an old scp would hand to a shell.
+    let odd = lab.path("$(touch pwned)");
+    fs::create_dir(&odd).unwrap();
+    fs::copy(&from, odd.join("disk")).unwrap();
+    std::os::unix::fs::symlink(odd.join("disk"), lab.path("plain")).unwrap();
+    let run = lab.disk(
+        "sync",
+        Journey::Direct,
+        &lab.path("plain"),
+        &lab.path("copy"),
+        &["--method", "libvirt"],
+    );
+    run.expect_failure(8, &["missing_requirement"], "libvirt");
+}
+
+#[test]
+fn a_source_that_changes_while_it_is_read_is_no_success() {
+    let Some(lab) = Lab::start() else { return };
+    let from = lab.path("source");
+    image::write(&from, &[Random(3, 12 * MIB)]);
+    for method in METHODS {
+        let (to, partial) = (lab.path(method), lab.path(format!(".{method}.kc-new")));
+        let slow = ["--method", method, "--bandwidth-limit", "4M"];
+        let running = lab.start_disk("sync", Journey::Direct, &from, &to, &slow);
+        kvm_clone_tests::process::wait_for(
+            "data on the way",
+            std::time::Duration::from_secs(30),
+            || (partial.exists() && image::allocated(&partial) > MIB).then_some(()),
+        );
+        image::overwrite(&from, &[Piece::Byte(1)]);
+        running.wait().expect_failure(1, &["io"], "source");
+        assert!(!to.exists(), "nothing under the final name");
+    }
+}

@@ -437,3 +437,61 @@ fn chains_are_carried_whole_or_flattened() {
         .run(["verify", "hvA", "hvB", "lay", "--target-name", "l2"])
         .expect_code(0);
 }
+
+#[test]
+fn what_the_destination_cannot_run_or_hold_is_found_before_a_byte_moves() {
+    let Some(site) = Site::start() else { return };
+    let vm = Vm::new("alien").disks(&[("vda", "raw"), ("vdb", "raw")]).devices(
+        "<disk type='nvme' device='disk'><driver name='qemu' type='raw'/><source type='pci' managed='yes' namespace='1'><address domain='0' bus='1' slot='0' function='0'/></source><target dev='vdc' bus='virtio'/></disk>\
+         <disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/><source type='unix' path='/run/blk.sock'/><target dev='vdd' bus='virtio'/></disk>",
+    );
+    site.define(
+        &site.a,
+        &Vm::new("alien").disks(&[("vda", "raw"), ("vdb", "raw")]),
+    );
+    site.a.virsh(&["undefine", "alien"]);
+    // libvirt checks a definition that it is given, and believes one that it finds.
+    let xml = vm
+        .xml()
+        .replace(
+            "<memory",
+            "<uuid>5f1a0f1e-0000-4000-8000-0000000000aa</uuid><memory",
+        )
+        .replace("machine='q35'", "machine='pc-q35-99.9'")
+        .replace("<model>qemu64</model>", "<model>Colossus</model>");
+    site.a.define_unchecked("alien", &xml);
+    site.b
+        .run(&["fallocate", "-l", "1900M", "/var/lib/libvirt/images/full"]);
+    let there = site.b.state();
+    let clone = |options: &[&str]| {
+        let words = [
+            "clone",
+            "hvA",
+            "hvB",
+            "alien",
+            "--new-name",
+            "a2",
+            "--method",
+            "blocksync",
+        ];
+        site.controller.run(words.iter().chain(options))
+    };
+    let message = clone(&[]).expect_failure(5, &["refused"], "obstacles");
+    for part in [
+        "vdc of alien is of type nvme",
+        "vdd of alien is of type vhostuser",
+        "machine type pc-q35-99.9",
+        "are needed",
+    ] {
+        assert!(message.contains(part), "{part:?} is not in {message}");
+    }
+    let excluded = ["--exclude-disk", "vdc", "--exclude-disk", "vdd"];
+    let lacks = clone(&excluded);
+    lacks.expect_failure(8, &["missing_requirement"], "2 obstacles");
+    site.a
+        .define_unchecked("alien", &xml.replace("pc-q35-99.9", "q35"));
+    let model = clone(&excluded).expect_failure(8, &["missing_requirement"], "CPU model Colossus");
+    assert!(model.contains("are needed"), "{model}");
+    assert_eq!(site.b.state(), there);
+    clone(&["--exclude-disk", "vdx"]).expect_failure(4, &["not_found"], "vdx");
+}

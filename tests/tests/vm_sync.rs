@@ -285,6 +285,11 @@ fn vms_of_several_hosts_are_listed_and_a_host_that_is_gone_is_a_row() {
         "{one}"
     );
     assert_eq!(both["hosts"][1]["vms"].as_array().map(Vec::len), Some(0));
+    let sparse = &one["disks"][0];
+    assert!(
+        sparse["bytes_allocated"].as_u64() < sparse["bytes_total"].as_u64(),
+        "{one}"
+    );
     let running = site
         .controller
         .run(["list", "hvA", "--status", "running"])

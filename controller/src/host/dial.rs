@@ -34,7 +34,7 @@ const OPTIONS: [&str; 15] = [
 /// All that another host must know to come here.
 #[derive(Debug, Clone)]
 pub struct Reach {
-    /// Values for `ssh -o`; [`KNOWN_HOSTS`] in one stands for the path of a file with
+    /// Values for `ssh -o`; `{known_hosts}` in one stands for the path of a file with
     /// `known_hosts`.
     pub options: Vec<String>,
     /// Name or address.

@@ -88,10 +88,19 @@ fn summary(definition: &Definition, stats: &Stats, autostart: &[String]) -> VmSu
             | InterfaceSource::Direct(name)
             | InterfaceSource::Other(name) => name.clone(),
         });
+    let state = stats.get("state.state").and_then(|number| state(number));
+    // Of a file that QEMU has open libvirt tells by "physical" what it occupies, and by
+    // "allocation" how far the guest has written; of one that it looks at itself, by "allocation"
+    // what it occupies, and by "physical" its length.
+    let occupied = if state.is_some_and(DomainState::is_off) {
+        "allocation"
+    } else {
+        "physical"
+    };
     VmSummary {
         name: definition.name().to_owned(),
         uuid,
-        state: stats.get("state.state").and_then(|number| state(number)),
+        state,
         vcpus: definition.vcpus(),
         memory_bytes: definition.memory_bytes(),
         autostart: autostart.contains(&uuid.to_string()),
@@ -110,7 +119,7 @@ fn summary(definition: &Definition, stats: &Stats, autostart: &[String]) -> VmSu
                         DiskSource::Other(kind) => Some(kind.clone()),
                     },
                     bytes_total: size("capacity"),
-                    bytes_allocated: size("physical").or_else(|| size("allocation")),
+                    bytes_allocated: size(occupied),
                 }
             })
             .collect(),

@@ -91,6 +91,7 @@ pub(super) async fn survey(
         existing,
     };
     ground.check_distinct(request).await?;
+    ground.check_left_over().await?;
     ground.check_locks(request).await?;
     ground.check_room(request, holes).await?;
     ground.tell(request, method, result).await?;
@@ -168,11 +169,32 @@ impl Ground {
             let locks = locks(&self.from).await?;
             check_free(&request.source, &locks, &self.source_facts, &WRITERS)?;
         }
-        if let Some(existing) = &self.existing {
+        // A new destination's temporary file may be another run's at this moment.
+        if let Some(written) = self.to.file_facts(&self.written).await? {
             let locks = locks(&self.to).await?;
-            check_free(&request.destination, &locks, existing, &ANYONE)?;
+            check_free(&request.destination, &locks, &written, &ANYONE)?;
         }
         Ok(())
+    }
+
+    /// What lies under the temporary name is what an interrupted run has left, and nothing that
+    /// leads elsewhere or is known under another name as well.
+    async fn check_left_over(&self) -> Result<()> {
+        if self.existing.is_some() {
+            return Ok(());
+        }
+        let words = ["stat", "-c", "%h %F", "--", &self.written];
+        let output = self.to.tool(&words, b"").await?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let is_plain = matches!(said.trim(), "1 regular file" | "1 regular empty file");
+        if !output.status.success() || is_plain {
+            return Ok(());
+        }
+        let message = format!(
+            "{} on {} is not what an interrupted run leaves",
+            self.written, self.to
+        );
+        Err(Error::new(ErrorCode::Refused, message).hint("look at it, and remove it"))
     }
 
     async fn check_room(&self, request: &Request, holes: Holes) -> Result<()> {
@@ -275,6 +297,24 @@ impl Ground {
         Some(Error::new(to.explain(stderr).code(), message).caused_by(stderr.to_owned()))
     }
 
+    /// Finds out whether the source is what it was before it was read.
+    ///
+    /// # Errors
+    /// Io, when it has changed, unless the user wants it read in use.
+    pub(super) async fn check_unchanged(&self, request: &Request) -> Result<()> {
+        if request.options.live.reads_in_use() {
+            return Ok(());
+        }
+        let facts = self.from.file_facts(&self.source).await?;
+        let state = |facts: &FileFacts| (facts.size_bytes, facts.inode, facts.modified.clone());
+        if facts.as_ref().map(state) == Some(state(&self.source_facts)) {
+            return Ok(());
+        }
+        let message = format!("{} changed while it was read", request.source);
+        Err(Error::new(ErrorCode::Io, message)
+            .hint("stop whatever writes to it, and run the same command again"))
+    }
+
     /// Makes what was written durable, and gives it its name unless something has that by now.
     ///
     /// # Errors
@@ -286,17 +326,15 @@ impl Ground {
         if self.existing.is_some() {
             return Ok(());
         }
-        let linked = self
-            .to
-            .tool(&["ln", "-T", "--", &self.written, &self.destination], b"")
-            .await?;
-        if !linked.status.success() {
+        // It does not replace, and says nothing of that.
+        let words = ["mv", "-nT", "--", &self.written, &self.destination];
+        let moved = self.to.tool(&words, b"").await?;
+        if !moved.status.success() || self.to.file_facts(&self.written).await?.is_some() {
             let message = format!("{} on {} cannot get its name", self.destination, self.to);
             return Err(Error::new(ErrorCode::Refused, message)
-                .caused_by(linked.stderr.trim().to_owned())
+                .caused_by(moved.stderr.trim().to_owned())
                 .hint(format!("the copy is complete in {}", self.written)));
         }
-        self.to.remove(std::slice::from_ref(&self.written)).await?;
         self.to
             .tool_output(&["sync", "--", self.directory()], b"")
             .await?;

@@ -65,6 +65,7 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
         return Err(explain(&ground, status.code(), &stderr));
     }
     count(&said, result);
+    ground.check_unchanged(request).await?;
     ground.place().await
 }
 

@@ -7,7 +7,7 @@ use super::copy::{self, BLOCKSYNC_CAN, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::{Route, TransferResult};
 use super::{Context, Method, Working};
-use crate::endpoint::{DiskSpec, HostSpec, SshTarget};
+use crate::endpoint::{HostSpec, SshTarget};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Errand, FileKind, Host, SshOptions};
 use crate::output;
@@ -43,14 +43,14 @@ impl Method for Scp {
 }
 
 async fn transfer(context: &Context, request: &Request, result: &mut TransferResult) -> Result<()> {
-    for disk in [&request.source, &request.destination] {
-        check_path(disk)?;
-    }
     let ground = copy::survey(context, request, NAME, Holes::Filled, result).await?;
     if ground.source_facts.kind == FileKind::Device {
         return Err(cannot(NAME, "read a block device")
             .caused_by(format!("{} is one", request.source))
             .hint("--method rsync and --method blocksync can"));
+    }
+    for path in [&ground.source, &ground.written] {
+        check_path(path)?;
     }
     // It begins anew, whatever was there.
     result.resumed = false;
@@ -58,6 +58,11 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
     result.route = Some(route);
     for host in [&ground.from, &ground.to] {
         host.require("scp").await?;
+    }
+    if ground.existing.is_none() {
+        // Nobody else may read it while it arrives; scp keeps the mode of what is there.
+        let words = ["install", "-m", "0600", "/dev/null", &ground.written];
+        ground.to.tool_output(&words, b"").await?;
     }
     let (runner, words, known_hosts) = command(&ground, route, context, request).await?;
     let mut errand = runner.errand(&words, &known_hosts).await?;
@@ -69,17 +74,18 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
     if !status.success() {
         return Err(explain(&ground, &stderr));
     }
+    ground.check_unchanged(request).await?;
     finish(&ground, result).await
 }
 
 /// Paths that every version of scp takes for what they are: older ones hand them to a shell.
-fn check_path(disk: &DiskSpec) -> Result<()> {
+fn check_path(path: &str) -> Result<()> {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._+@%=,-_".contains(byte);
-    if disk.path_bytes().iter().all(plain) {
+    if path.as_bytes().iter().all(plain) {
         return Ok(());
     }
     Err(cannot(NAME, "take a path with such characters")
-        .caused_by(disk.to_string())
+        .caused_by(path.to_owned())
         .hint("--method rsync and --method blocksync can"))
 }
 
@@ -111,10 +117,10 @@ async fn command(
 ) -> Result<(Host, Vec<String>, Vec<u8>)> {
     let mut words = vec!["scp".to_owned(), "-q".to_owned()];
     if let Some(limit) = request.options.bandwidth_limit {
-        // scp counts in kilobits a second.
+        // scp counts in units of 1024 bits a second, and takes no more of them than these.
         words.extend([
             "-l".to_owned(),
-            (limit.saturating_mul(8) / 1000).max(1).to_string(),
+            (limit / 128).clamp(1, 100 * 1024 * 1024).to_string(),
         ]);
     }
     let here = |path: &str| path.to_owned();
@@ -277,11 +283,9 @@ mod tests {
 
     #[test]
     fn odd_paths_are_refused_and_others_named() {
-        let disk = |path: &str| DiskSpec::parse(path.as_ref()).unwrap();
-        check_path(&disk("hv1:/var/lib/libvirt/images/web-1_a.qcow2"))
-            .unwrap_or_else(|_| panic!("plain"));
+        check_path("/var/lib/libvirt/images/.web-1_a.qcow2.kc-new").unwrap();
         for path in ["/a b", "/a'b", "/$(x)", "/a*", "/a\nb"] {
-            let error = check_path(&disk(path)).unwrap_err();
+            let error = check_path(path).unwrap_err();
             assert_eq!(error.exit_code(), 8);
             assert!(error.hint_text().unwrap().contains("blocksync"));
         }

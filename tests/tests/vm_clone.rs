@@ -334,7 +334,11 @@ fn a_clone_that_is_stopped_by_the_user_removes_what_it_made() {
         ];
         let running = site.controller.start(words.iter().chain(options));
         let partial = site.b.image(".b2-vda.raw.kc-new");
-        let appeared = || partial.exists().then_some(());
+        let appeared = || {
+            use std::os::unix::fs::MetadataExt as _;
+            let arrived = std::fs::metadata(&partial).ok()?;
+            (arrived.blocks() > 2048).then_some(())
+        };
         kvm_clone_tests::process::wait_for(
             "the copy begins",
             std::time::Duration::from_secs(60),
@@ -492,6 +496,16 @@ fn what_the_destination_cannot_run_or_hold_is_found_before_a_byte_moves() {
         .define_unchecked("alien", &xml.replace("pc-q35-99.9", "q35"));
     let model = clone(&excluded).expect_failure(8, &["missing_requirement"], "CPU model Colossus");
     assert!(model.contains("are needed"), "{model}");
+    // This machine has no network file system, so a stat that speaks of one stands in for it.
+    site.a.run(&[
+        "sh",
+        "-c",
+        "cp /usr/bin/stat /tmp/stat.real; \
+         printf '#!/bin/sh\\ncase \"$*\" in -f*images*) echo 1 1 1 nfs;; *) exec /tmp/stat.real \"$@\";; esac\\n' >/tmp/stat; \
+         chmod +x /tmp/stat; mount --bind /tmp/stat /usr/bin/stat",
+    ]);
+    let shared = clone(&excluded).expect_failure(5, &["refused"], "shared storage (nfs)");
+    assert!(shared.contains("disk vdb"), "{shared}");
     assert_eq!(site.b.state(), there);
     clone(&["--exclude-disk", "vdx"]).expect_failure(4, &["not_found"], "vdx");
 }

@@ -49,18 +49,9 @@ pub struct Space {
 impl Space {
     /// Whether other hosts may well see the same files.
     pub fn is_shared(&self) -> bool {
-        const NETWORK: [&str; 11] = [
-            "nfs",
-            "nfs4",
-            "ceph",
-            "fuseblk",
-            "fuse.glusterfs",
-            "gfs/gfs2",
-            "gfs2",
-            "ocfs2",
-            "lustre",
-            "smb",
-            "smb2",
+        // FUSE is not among them: it may be as local as any.
+        const NETWORK: [&str; 9] = [
+            "nfs", "nfs4", "ceph", "gfs/gfs2", "gfs2", "ocfs2", "lustre", "smb", "smb2",
         ];
         NETWORK.contains(&self.kind.as_str())
     }

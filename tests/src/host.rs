@@ -20,7 +20,7 @@ use crate::skip::find_tool;
 
 /// How long a host may take to answer, or a killed one to end. It takes 50 ms; a loaded machine
 /// is given time.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often another port is tried when somebody else took the free one.
 const PORT_ATTEMPTS: usize = 5;

@@ -17,7 +17,7 @@ use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 
 /// How long a login may take. sshd itself gives up on one after 120 s unless told otherwise.
-const LOGIN_TIMEOUT: Duration = Duration::from_secs(150);
+pub(super) const LOGIN_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// How long a child that closed its output may take to end, before it is no use to wait for its
 /// exit status.
@@ -87,15 +87,7 @@ impl Session {
     pub(super) async fn greeting(&mut self) -> Result<Greeting> {
         match tokio::time::timeout(LOGIN_TIMEOUT, self.read_greeting()).await {
             Ok(greeting) => greeting,
-            Err(_) => Err(Error::new(
-                ErrorCode::HostUnreachable,
-                format!(
-                    "{} did not answer within {} s",
-                    self.host,
-                    LOGIN_TIMEOUT.as_secs()
-                ),
-            )
-            .hint("does its login shell wait for something?")),
+            Err(_) => Err(self.host.silent()),
         }
     }
 

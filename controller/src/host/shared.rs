@@ -4,16 +4,13 @@
 //! It holds no agent and does nothing but wait for its end, which comes with this program's.
 
 use std::process::Stdio;
-use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, ChildStdin};
 
+use super::session::LOGIN_TIMEOUT;
 use super::{Host, MAX_STDERR, drain, find, script, ssh};
 use crate::error::{Error, ErrorCode, Result};
-
-/// How long a login may take. sshd itself gives up on one after 120 s unless told otherwise.
-const LOGIN_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// How much a login shell may print by itself.
 const MAX_NOISE: usize = 64 * 1024;
@@ -74,7 +71,8 @@ impl Host {
         })
     }
 
-    fn silent(&self) -> Error {
+    /// The error for a login that neither succeeds nor fails.
+    pub(super) fn silent(&self) -> Error {
         let seconds = LOGIN_TIMEOUT.as_secs();
         let message = format!("{self} did not answer within {seconds} s");
         Error::new(ErrorCode::HostUnreachable, message)

@@ -329,7 +329,11 @@ impl Server {
         slot.session = Some(tokio::spawn(
             async move { task.run(session, link, &pool).await },
         ));
-        Ok(Started { disk: start.disk })
+        Ok(Started {
+            disk: start.disk,
+            apply: None,
+            resumed: false,
+        })
     }
 
     fn prepare(&mut self, prepare: &Prepare) -> Result<(), Failure> {
@@ -349,7 +353,11 @@ impl Server {
             let frame = match disk.prepare(geometry) {
                 Ok(()) => {
                     milestones.prepared.store(true, Ordering::Release);
-                    Prepared { disk: number }.frame()
+                    Prepared {
+                        disk: number,
+                        root: None,
+                    }
+                    .frame()
                 }
                 Err(failure) => milestones.fail(failure, number).frame(),
             };

@@ -33,7 +33,7 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const SUPPORTED: Versions = Versions { min: 1, max: 1 };
+pub const SUPPORTED: Versions = Versions { min: 2, max: 2 };
 
 impl std::fmt::Display for Versions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

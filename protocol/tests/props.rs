@@ -141,6 +141,7 @@ fn rewrite(stream: &Stream) -> Frame {
         Stream::Credit(message) => message.frame(),
         Stream::End(message) => message.frame(),
         Stream::Agreed(message) => message.frame(),
+        Stream::Beat(message) => message.frame(),
     }
     .unwrap()
 }

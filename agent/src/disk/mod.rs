@@ -236,6 +236,7 @@ impl Target {
                 size: open.size()?,
                 identity: Some(open.identity()?),
                 resumed: false,
+                storage: Vec::new(),
             }),
             Self::Missing(stage) => {
                 let left = stage.left_over()?;
@@ -245,6 +246,7 @@ impl Target {
                     size: left.unwrap_or(0),
                     identity: None,
                     resumed: left.is_some(),
+                    storage: Vec::new(),
                 })
             }
         }

@@ -13,8 +13,8 @@ use std::pin::Pin;
 
 use kvm_clone_protocol::digest::Seed;
 use kvm_clone_protocol::message::{
-    Access, Commit, Control, Counters, DiskKind, Ended, Open, Opened, Prepare, Role, SessionParams,
-    Start,
+    Access, ApplyChoice, Commit, Control, Counters, DiskKind, Ended, Open, Opened, Prepare, Role,
+    SessionParams, Start,
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 
@@ -230,6 +230,8 @@ impl Session<'_> {
                     Role::Sender => self.request.options.bandwidth_limit.unwrap_or(0),
                     Role::Receiver => 0,
                 },
+                apply: ApplyChoice::Inplace,
+                stage_dir: Vec::new(),
             };
             match pair.ask(side, &start).await? {
                 Control::Started(_) => {}
@@ -319,7 +321,16 @@ fn show(progress: &mut Progress, received: &Counters, read_source: Option<u64>) 
 
 /// Makes the destination durable, and lets it take its name.
 async fn commit(pair: &mut Pair) -> Result<()> {
-    match pair.ask(Side::Destination, &Prepare { disk: DISK }).await? {
+    match pair
+        .ask(
+            Side::Destination,
+            &Prepare {
+                disk: DISK,
+                reread: false,
+            },
+        )
+        .await?
+    {
         Control::Prepared(_) => {}
         answer => return Err(unexpected("prepare", &answer)),
     }

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use kvm_clone_protocol::message::{Access, FailureCode};
 use nix::libc;
 
-use super::Disk;
+use super::image::Image;
 use crate::failure::Failure;
 
 /// Held by everything that has the image open.
@@ -23,7 +23,7 @@ const RESIZER: i64 = 103;
 /// destination, so that two runs never meet on one disk.
 const NO_OTHER_WRITER: i64 = 201;
 
-impl Disk {
+impl Image {
     /// Refuses a disk that somebody else holds, and holds a destination against others for as
     /// long as it is open.
     pub(super) fn take_locks(&self, access: Access) -> Result<(), Failure> {
@@ -43,7 +43,7 @@ impl Disk {
     fn check_free(&self, bytes: &[i64]) -> Result<(), Failure> {
         for byte in bytes {
             let mut lock = lock_of(*byte);
-            match fcntl_lock(&self.file, libc::F_OFD_GETLK, &mut lock) {
+            match fcntl_lock(self.file.as_file(), libc::F_OFD_GETLK, &mut lock) {
                 Ok(()) if lock.l_type != type_of(libc::F_UNLCK) => return Err(self.busy()),
                 // A file system without locks cannot say; QEMU itself would run without them.
                 Ok(()) | Err(_) => {}
@@ -53,7 +53,7 @@ impl Disk {
     }
 
     fn lock(&self, byte: i64) -> Result<(), Failure> {
-        match fcntl_lock(&self.file, libc::F_OFD_SETLK, &mut lock_of(byte)) {
+        match fcntl_lock(self.file.as_file(), libc::F_OFD_SETLK, &mut lock_of(byte)) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(self.busy()),
             Ok(()) | Err(_) => Ok(()),
         }

@@ -303,6 +303,19 @@ mod tests {
                 .stdout
         }
 
+        /// The names of the files below its home of which a removal speaks, sorted.
+        fn remove(&self, marker: &[u8]) -> Vec<String> {
+            let output = self.run(&script::remove(), b"").stdout;
+            assert!(find(&output, script::DONE).is_some());
+            let paths = lines_after(&output, marker).into_iter().map(PathBuf::from);
+            let mut names: Vec<_> = paths
+                .filter(|path| path.starts_with(self.home.path()))
+                .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+                .collect();
+            names.sort();
+            names
+        }
+
         fn deploy(&self) {
             let output = self.run(&script::upload(".agent.1", AGENT.len(), 1), AGENT);
             let (number, temporary) = line_after(&output.stdout, script::TEMPORARY)
@@ -372,7 +385,7 @@ mod tests {
     #[test]
     fn an_agent_that_others_could_have_made_is_not_started() {
         type Spoil = fn(&User);
-        let spoils: [(&str, Spoil); 6] = [
+        let spoils: [(&str, Spoil); 10] = [
             ("size", |user| {
                 std::fs::write(user.agent(), b"#!/bin/sh\n").unwrap();
             }),
@@ -390,6 +403,18 @@ mod tests {
                 std::fs::rename(user.agent().parent().unwrap(), &moved).unwrap();
                 symlink(&moved, user.agent().parent().unwrap()).unwrap();
             }),
+            ("second name", |user| {
+                std::fs::hard_link(user.agent(), user.cache().join("elsewhere")).unwrap();
+            }),
+            ("cache is the group's", |user| {
+                set_mode(&user.cache(), 0o770);
+            }),
+            ("cache is everybody's", |user| {
+                set_mode(&user.cache(), 0o707);
+            }),
+            ("home is the group's", |user| {
+                set_mode(user.home.path(), 0o770);
+            }),
             ("gone", |user| std::fs::remove_file(user.agent()).unwrap()),
         ];
         for (what, spoil) in spoils {
@@ -403,6 +428,70 @@ mod tests {
                     output.escape_ascii()
                 );
             }
+        }
+    }
+
+    #[test]
+    fn a_cache_behind_the_users_own_link_does_and_is_called_by_its_real_name() {
+        for user in shells() {
+            user.deploy();
+            let real = user.home.path().join("scratch");
+            std::fs::rename(user.cache(), &real).unwrap();
+            symlink(&real, user.cache()).unwrap();
+            let output = user.start();
+            let expected = [b"direct ", real.as_os_str().as_bytes()].concat();
+            let found = line_after(&output, script::AT).unwrap();
+            assert!(found.starts_with(&expected), "{}", found.escape_ascii());
+            // A directory that many may write to, and in which nobody can touch another's.
+            set_mode(user.home.path(), 0o1777);
+            assert!(line_after(&user.start(), script::AT).is_some());
+        }
+    }
+
+    #[test]
+    fn a_directory_of_the_users_own_is_closed_to_others() {
+        for user in shells() {
+            let directory = user.cache().join("kvm-clone");
+            std::fs::create_dir_all(&directory).unwrap();
+            // What a directory inherits from a shared one.
+            set_mode(&directory, 0o2775);
+            user.deploy();
+            let mode = std::fs::metadata(directory).unwrap().permissions().mode();
+            assert_eq!(mode & 0o7777, 0o700);
+            assert!(line_after(&user.start(), script::AT).is_some());
+        }
+    }
+
+    #[test]
+    fn nothing_is_put_behind_a_link_in_the_agents_place() {
+        for user in shells() {
+            user.deploy();
+            let elsewhere = user.home.path().join("elsewhere");
+            std::fs::create_dir(&elsewhere).unwrap();
+            std::fs::remove_file(user.agent()).unwrap();
+            symlink(&elsewhere, user.agent()).unwrap();
+            user.deploy();
+            assert_eq!(std::fs::read(user.agent()).unwrap(), AGENT);
+            assert_eq!(std::fs::read_dir(elsewhere).unwrap().count(), 0);
+            assert!(line_after(&user.start(), script::AT).is_some());
+        }
+    }
+
+    #[test]
+    fn an_agent_that_cannot_be_placed_leaves_nothing() {
+        for user in shells() {
+            std::fs::create_dir_all(user.agent()).unwrap();
+            set_mode(user.agent().parent().unwrap(), 0o700);
+            let temporary = user.agent().with_file_name(".agent.1");
+            std::fs::write(&temporary, AGENT).unwrap();
+            let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+            let place = script::place(&bytes(&temporary), &bytes(&user.agent())).unwrap();
+            let output = user.run(&place, b"");
+            assert!(find(&output.stdout, script::DONE).is_none());
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(said.ends_with("is a directory\n"), "{said}");
+            assert!(!temporary.exists());
+            assert_eq!(std::fs::read_dir(user.agent()).unwrap().count(), 0);
         }
     }
 
@@ -444,12 +533,19 @@ mod tests {
             let directory = user.cache().join("kvm-clone");
             std::fs::write(directory.join(".agent.broken"), b"").unwrap();
             std::fs::write(directory.join("mine"), b"").unwrap();
-            let output = user.run(&script::remove(), b"").stdout;
-            assert!(find(&output, script::DONE).is_some());
-            let mut removed = lines_after(&output, script::REMOVED);
-            removed.retain(|path| Path::new(path).starts_with(user.home.path()));
-            assert_eq!(removed.len(), 2, "{removed:?}");
+            let removed = user.remove(script::REMOVED);
+            assert_eq!(removed, [".agent.broken", NAME]);
             assert!(directory.join("mine").exists() && !user.agent().exists());
+        }
+    }
+
+    #[test]
+    fn what_is_not_safe_to_remove_is_named() {
+        for user in shells() {
+            user.deploy();
+            set_mode(&user.cache(), 0o777);
+            assert_eq!(user.remove(script::KEPT), ["kvm-clone"]);
+            assert!(user.agent().exists());
         }
     }
 

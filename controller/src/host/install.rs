@@ -37,6 +37,9 @@ impl Host {
             ));
         };
         if output.stdout[at + script::BACK.len()..] != *agent {
+            let _ = self
+                .run(&script::install_discard(&temporary)?, b"", MAX_CHATTER)
+                .await;
             return Err(damaged(self, &temporary));
         }
         let output = self

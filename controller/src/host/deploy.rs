@@ -10,6 +10,7 @@
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::agent::{AgentConnection, StartFailure};
+use super::facts::seconds_now;
 use super::install::DEFAULT_INSTALL_PATH;
 use super::session::{Greeting, Session};
 use super::{AgentPath, Host, find, line_after, lines_after, script};
@@ -23,6 +24,15 @@ pub(super) enum Expected {
     Ours,
     /// Any that speaks our protocol: the user, or root, put it there.
     Any,
+}
+
+/// Which agents [`Host::remove_agents`] removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unwanted {
+    /// All, and every upload, broken or under way.
+    All,
+    /// All but the one that this program carries, and uploads that are broken.
+    Old,
 }
 
 /// What [`Host::remove_agents`] did.
@@ -185,12 +195,20 @@ impl Host {
         Ok(path)
     }
 
-    /// Removes every agent of ours from the host's cache directories.
+    /// Removes agents of ours from the host's cache directories.
     ///
     /// # Errors
     /// When the host cannot be reached, or runs no shell.
-    pub async fn remove_agents(&self) -> Result<Removed> {
-        let output = self.run(&script::remove(), b"", MAX_LISTING).await?;
+    pub async fn remove_agents(&self, which: Unwanted) -> Result<Removed> {
+        let name = agent_binary::file_name();
+        let script = script::remove(match which {
+            Unwanted::All => None,
+            Unwanted::Old => Some(script::Spared {
+                agent: &name,
+                uploads_after: seconds_now() - UPLOAD_SECONDS,
+            }),
+        });
+        let output = self.run(&script, b"", MAX_LISTING).await?;
         if find(&output.stdout, script::DONE).is_none() {
             return Err(Error::new(
                 ErrorCode::MissingRequirement,
@@ -211,9 +229,13 @@ pub(super) const MAX_CHATTER: usize = 128 * 1024;
 /// A list of files that were removed; there are never many.
 const MAX_LISTING: usize = 1024 * 1024;
 
-/// A name that no other upload has.
+/// An upload that is older than this is broken: it takes a second on a good line. Nothing that is
+/// on every host tells how old a file is, so its name does, by our clock; clocks differ by less.
+const UPLOAD_SECONDS: i64 = 3600;
+
+/// A name that no other upload has, and nobody can guess.
 pub(super) fn temporary_name() -> String {
-    format!(".agent.{}", uuid::Uuid::new_v4().simple())
+    format!(".agent.{}.{}", seconds_now(), uuid::Uuid::new_v4().simple())
 }
 
 fn parse_temporary(line: &[u8]) -> Option<(usize, &[u8])> {
@@ -304,8 +326,8 @@ mod tests {
         }
 
         /// The names of the files below its home of which a removal speaks, sorted.
-        fn remove(&self, marker: &[u8]) -> Vec<String> {
-            let output = self.run(&script::remove(), b"").stdout;
+        fn remove(&self, spared: Option<script::Spared<'_>>, marker: &[u8]) -> Vec<String> {
+            let output = self.run(&script::remove(spared), b"").stdout;
             assert!(find(&output, script::DONE).is_some());
             let paths = lines_after(&output, marker).into_iter().map(PathBuf::from);
             let mut names: Vec<_> = paths
@@ -533,9 +555,39 @@ mod tests {
             let directory = user.cache().join("kvm-clone");
             std::fs::write(directory.join(".agent.broken"), b"").unwrap();
             std::fs::write(directory.join("mine"), b"").unwrap();
-            let removed = user.remove(script::REMOVED);
+            let removed = user.remove(None, script::REMOVED);
             assert_eq!(removed, [".agent.broken", NAME]);
             assert!(directory.join("mine").exists() && !user.agent().exists());
+        }
+    }
+
+    #[test]
+    fn removing_what_is_old_spares_the_agent_and_uploads_under_way() {
+        let spared = Some(script::Spared {
+            agent: NAME,
+            uploads_after: 1_000_000,
+        });
+        for user in shells() {
+            user.deploy();
+            let directory = user.cache().join("kvm-clone");
+            let old = [
+                ".agent.0123456789abcdef0123456789abcdef",
+                ".agent.1000000.0f",
+                ".agent.999.0f",
+                "agent-0.0.9-0123456789abcdef",
+                "agent-0.1.0-0123456789abcdee",
+            ];
+            for name in old.iter().chain(&[".agent.1000001.0f"]) {
+                std::fs::write(directory.join(name), b"").unwrap();
+            }
+            assert_eq!(user.remove(spared, script::REMOVED), old);
+            let mut left: Vec<_> = std::fs::read_dir(&directory)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name())
+                .collect();
+            left.sort();
+            assert_eq!(left, [".agent.1000001.0f", NAME]);
+            assert_eq!(user.remove(spared, script::REMOVED), [""; 0]);
         }
     }
 
@@ -544,9 +596,18 @@ mod tests {
         for user in shells() {
             user.deploy();
             set_mode(&user.cache(), 0o777);
-            assert_eq!(user.remove(script::KEPT), ["kvm-clone"]);
+            assert_eq!(user.remove(None, script::KEPT), ["kvm-clone"]);
             assert!(user.agent().exists());
         }
+    }
+
+    #[test]
+    fn a_temporary_name_tells_when_the_upload_began() {
+        let name = temporary_name();
+        let rest = name.strip_prefix(".agent.").unwrap();
+        let (seconds, random) = rest.split_once('.').unwrap();
+        let age = seconds_now() - seconds.parse::<i64>().unwrap();
+        assert!((0..60).contains(&age) && random.len() == 32, "{name}");
     }
 
     #[test]

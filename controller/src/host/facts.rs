@@ -133,7 +133,8 @@ fn free(value: &str) -> Option<(u64, String)> {
     ))
 }
 
-fn seconds_now() -> i64 {
+/// The time in seconds since 1970.
+pub(super) fn seconds_now() -> i64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

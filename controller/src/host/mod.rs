@@ -34,7 +34,7 @@ use tokio::process::Command;
 use tokio::sync::OnceCell;
 
 pub use agent::{AgentConnection, AgentReceiver, AgentSender};
-pub use deploy::Removed;
+pub use deploy::{Removed, Unwanted};
 pub use dial::Reach;
 pub use errand::Errand;
 pub use facts::Facts;

@@ -277,8 +277,35 @@ pub(super) fn discard(temporary: &[u8]) -> Result<String> {
     Ok(format!("rm -f {}", word(temporary)?))
 }
 
-/// Removes every agent of ours, and what broken uploads left.
-pub(super) fn remove() -> String {
+/// What [`remove`] leaves alone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Spared<'a> {
+    /// The name of an agent.
+    pub(super) agent: &'a str,
+    /// Uploads that began after this second of the Unix epoch, as their names tell.
+    pub(super) uploads_after: i64,
+}
+
+/// Removes the agents of ours, and what broken uploads left; where nothing is spared, also the
+/// directories that are empty then.
+pub(super) fn remove(spared: Option<Spared<'_>>) -> String {
+    let (spare, tidy) = match spared {
+        // What is no number fails the comparison, and is not spared.
+        Some(spared) => (
+            format!(
+                r#"case $f in
+                    (*/{}) continue ;;
+                    (*/.agent.*) b=${{f##*/.agent.}}; [ "${{b%%.*}}" -gt {} ] 2>/dev/null && continue ;;
+                esac;"#,
+                spared.agent, spared.uploads_after
+            ),
+            "",
+        ),
+        None => (
+            String::new(),
+            r#"rmdir "$d" 2>/dev/null; case $k in 3|4) rmdir "$c" 2>/dev/null ;; esac;"#,
+        ),
+    };
     one_line(&format!(
         r#"{PRELUDE}
         echo;
@@ -288,11 +315,11 @@ pub(super) fn remove() -> String {
             set +f;
             for f in "$d"/agent-* "$d"/.agent.*; do
                 [ -f "$f" ] || [ -h "$f" ] || continue;
+                {spare}
                 if rm -f "$f"; then say "kvm-clone-removed $f"; else say "kvm-clone-kept $f"; fi;
             done;
             set -f;
-            rmdir "$d" 2>/dev/null;
-            case $k in 3|4) rmdir "$c" 2>/dev/null ;; esac;
+            {tidy}
         done;
         echo kvm-clone-done"#
     ))
@@ -421,7 +448,11 @@ mod tests {
             start_as_root(b"/opt/agent").unwrap(),
             upload(".agent.1", 1, 1),
             place(b"/a/.agent.1", b"/a/agent-1").unwrap(),
-            remove(),
+            remove(None),
+            remove(Some(Spared {
+                agent: "agent-1",
+                uploads_after: 1,
+            })),
             facts(".agent.1", "qemu:///system", Some(b"/opt/agent")).unwrap(),
         ];
         for script in scripts {

@@ -137,6 +137,18 @@ impl Host {
         self.directory.join("root")
     }
 
+    /// What is /var/tmp on the host, as the test sees it.
+    #[must_use]
+    pub fn var_tmp(&self) -> PathBuf {
+        self.directory.join("var-tmp")
+    }
+
+    /// What is /dev/shm on the host, as the test sees it.
+    #[must_use]
+    pub fn shm(&self) -> PathBuf {
+        self.directory.join("shm")
+    }
+
     /// The link target of `/proc/PID/ns/mnt` of its processes.
     #[must_use]
     pub fn mount_namespace(&self) -> OsString {

@@ -10,7 +10,7 @@ use super::{App, combined, side_by_side};
 use crate::agent_binary;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, Result};
-use crate::host::{AgentConnection, DEFAULT_INSTALL_PATH, Host, Removed, Unwanted};
+use crate::host::{AgentConnection, AgentPath, DEFAULT_INSTALL_PATH, Host, Removed, Unwanted};
 use crate::output;
 
 /// What can be done with agents.
@@ -87,7 +87,7 @@ impl From<&Error> for Failure {
 /// An agent that answered.
 #[derive(Debug, Serialize)]
 struct Agent {
-    /// `copied`, `found` or `absent`.
+    /// `copied`, `found`, `absent`, or `forced`: authorized_keys names it.
     state: &'static str,
     path: Option<String>,
     release: Option<String>,
@@ -142,13 +142,17 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
 async fn about(agent: AgentConnection) -> Agent {
     let (welcome, versions) = (agent.welcome(), agent.versions());
     let matches = welcome.agent_digest == agent_binary::digest();
+    let path = agent.agent_path();
+    let forced = *path == AgentPath::Forced;
     let about = Agent {
-        state: if agent.was_copied() {
+        state: if forced {
+            "forced"
+        } else if agent.was_copied() {
             "copied"
         } else {
             "found"
         },
-        path: Some(agent.agent_path().display()),
+        path: (!forced).then(|| path.display()),
         release: Some(welcome.release.clone()),
         protocol_min: Some(versions.min),
         protocol_max: Some(versions.max),

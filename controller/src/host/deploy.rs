@@ -26,6 +26,16 @@ pub(super) enum Expected {
     Any,
 }
 
+impl Expected {
+    /// What a search of ours may find.
+    fn of(path: &AgentPath) -> Self {
+        match path {
+            AgentPath::Forced => Self::Any,
+            AgentPath::Direct(_) | AgentPath::Sudo(_) => Self::Ours,
+        }
+    }
+}
+
 /// Which agents [`Host::remove_agents`] removes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unwanted {
@@ -78,10 +88,13 @@ impl Host {
         let mut session = Session::open(self, &self.start_script(true)).await?;
         match session.greeting().await? {
             Greeting::Need(_) => Ok(None),
-            Greeting::At(path) => AgentConnection::establish(session, path, Expected::Ours, false)
-                .await
-                .map(Some)
-                .map_err(StartFailure::into_error),
+            Greeting::At(path) => {
+                let expected = Expected::of(&path);
+                AgentConnection::establish(session, path, expected, false)
+                    .await
+                    .map(Some)
+                    .map_err(StartFailure::into_error)
+            }
         }
     }
 
@@ -126,12 +139,19 @@ impl Host {
                     agent_binary::check_architecture(&self.to_string(), &machine)?;
                     let path = self.send_agent().await?;
                     session.start(&path).await?;
-                    Ok((session, AgentPath { path, sudo: false }, true))
+                    Ok((session, AgentPath::Direct(path), true))
                 }
             }
         };
         let (session, path, copied) = opened.await.map_err(StartFailure::Host)?;
-        AgentConnection::establish(session, path, Expected::Ours, copied).await
+        let expected = Expected::of(&path);
+        AgentConnection::establish(session, path, expected, copied)
+            .await
+            .map_err(|failure| match expected {
+                Expected::Ours => failure,
+                // No copy of ours would be run instead.
+                Expected::Any => StartFailure::Host(failure.into_error()),
+            })
     }
 
     fn start_script(&self, search: bool) -> String {
@@ -210,11 +230,7 @@ impl Host {
         });
         let output = self.run(&script, b"", MAX_LISTING).await?;
         if find(&output.stdout, script::DONE).is_none() {
-            return Err(Error::new(
-                ErrorCode::MissingRequirement,
-                format!("{self} does not run a shell script"),
-            )
-            .caused_by(output.stderr.trim().to_owned()));
+            return Err(self.runs_no_script(&output));
         }
         Ok(Removed {
             removed: lines_after(&output.stdout, script::REMOVED),

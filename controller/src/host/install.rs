@@ -55,7 +55,8 @@ impl Host {
         let output = self
             .run("echo; echo kvm-clone-need $(uname -m)", b"", MAX_CHATTER)
             .await?;
-        let machine = line_after(&output.stdout, script::NEED).unwrap_or_default();
+        let machine =
+            line_after(&output.stdout, script::NEED).ok_or_else(|| self.runs_no_script(&output))?;
         agent_binary::check_architecture(&self.to_string(), String::from_utf8_lossy(machine).trim())
     }
 

@@ -167,6 +167,20 @@ impl Host {
         write(&path, &format!("{}{public_key}\n", read(&path)));
     }
 
+    /// From now on the owner of the key with this comment gets this command, whatever it asks for.
+    ///
+    /// # Panics
+    /// When the command holds a double quote, which would have to be quoted.
+    pub fn force(&self, owner: &str, command: &str) {
+        assert!(!command.contains('"'));
+        let path = self.directory.join("etc/authorized_keys");
+        let forced = |key: &str| match key.ends_with(&format!(" {owner}")) {
+            true => format!("restrict,command=\"{command}\" {key}\n"),
+            false => format!("{key}\n"),
+        };
+        write(&path, &read(&path).lines().map(forced).collect::<String>());
+    }
+
     /// Its line in a known_hosts file.
     #[must_use]
     pub fn known_hosts_line(&self) -> String {

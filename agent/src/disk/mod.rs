@@ -4,10 +4,14 @@
 //! own position is used by `map` alone.
 
 mod cache;
+mod holders;
+mod kernel;
 mod locks;
 mod map;
 mod read;
 mod stage;
+#[expect(dead_code, reason = "the message Opened is to carry it")]
+mod storage;
 mod write;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -194,29 +198,41 @@ fn open_existing(path: &Path, metadata: &Metadata, access: Access) -> Result<Dis
         let message = format!("{} is {what}, not a disk", path.display());
         return Err(Failure::new(FailureCode::Refused, message));
     }
-    let writes = access == Access::Destination;
-    // O_EXCL on a device fails while it is mounted or held by another exclusive opener.
-    let exclusive = if writes && kind.is_block_device() {
-        libc::O_EXCL
-    } else {
-        0
-    };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(writes)
-        .custom_flags(exclusive)
-        .open(path)
-        .map_err(|error| Failure::io("opening", path, &error))?;
     let is_device = kind.is_block_device();
     let disk = Disk {
-        file,
+        file: holders::patiently(|| claim(path, access, is_device))?,
         path: path.to_owned(),
         is_device,
         is_fresh: false,
     };
-    disk.take_locks(access)?;
     disk.read_in_windows();
     Ok(disk)
+}
+
+/// Opens a disk that nobody else has in use, and holds it against others for as long as it is
+/// open. A disk that is only looked at, or read although it is in use, is in nobody's way.
+fn claim(path: &Path, access: Access, is_device: bool) -> Result<File, Failure> {
+    // O_EXCL on a device fails while it is mounted or held by another exclusive opener.
+    let exclusive = match access {
+        Access::Source | Access::Destination if is_device => libc::O_EXCL,
+        _ => 0,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(access == Access::Destination)
+        .custom_flags(exclusive)
+        .open(path)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => holders::busy(path),
+            _ => Failure::io("opening", path, &error),
+        })?;
+    locks::take(&file, path, access)?;
+    holders::check(&file, path, access)?;
+    if locks::still_named(&file, path)? {
+        return Ok(file);
+    }
+    let message = format!("{} has just been replaced", path.display());
+    Err(Failure::new(FailureCode::Busy, message))
 }
 
 impl Target {

@@ -16,7 +16,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::libc;
 use nix::unistd::geteuid;
 
-use super::Disk;
+use super::{Disk, locks};
 use crate::failure::Failure;
 
 /// The longest file name of the usual file systems.
@@ -103,7 +103,7 @@ impl Stage {
             is_device: false,
             is_fresh,
         };
-        disk.take_locks(Access::Destination)?;
+        locks::take(&disk.file, &disk.path, Access::Destination)?;
         disk.read_in_windows();
         Ok(disk)
     }

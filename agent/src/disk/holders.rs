@@ -1,5 +1,5 @@
-//! Who else has a disk in use, where no lock tells it: mounts, swap, devices on top of it, loop
-//! devices, and the processes that have a device open.
+//! Who else has a disk in use, where no lock tells it: mounts, devices on top of it, and the
+//! processes that have a device open.
 //!
 //! Devices are opened exclusively, so the kernel itself refuses what is mounted or part of another
 //! device; this says what that is. A process that has a device open is in nobody's way by the
@@ -9,13 +9,13 @@
 
 use std::fmt;
 use std::fs::File;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kvm_clone_protocol::message::{Access, FailureCode};
 
-use super::kernel::{Kernel, Node, Number, entries, line};
+use super::claims::{self, Family};
+use super::kernel::{Kernel, Node, Number};
 use crate::failure::Failure;
 
 /// How long a disk that is in use is looked at again: udev looks into a device that was written
@@ -73,7 +73,7 @@ fn check_with(kernel: &Kernel, file: &File, path: &Path, access: Access) -> Resu
         .metadata()
         .map_err(|error| Failure::io("examining", path, &error))?;
     let node = Node::of(&metadata);
-    if let Some(device) = loop_device_on(kernel, node, writes) {
+    if let Some(device) = claims::loop_device_on(kernel, node, writes) {
         let what = format!("the loop device {} lies on it", device.display());
         return Err(in_use(path, &what));
     }
@@ -90,10 +90,14 @@ fn check_with(kernel: &Kernel, file: &File, path: &Path, access: Access) -> Resu
 pub(super) fn busy(path: &Path) -> Failure {
     let kernel = Kernel::running();
     let device = Node::at(path).ok().and_then(|node| node.stands_for);
-    let claim = device.and_then(|device| claim(&kernel, device));
+    let what = device.and_then(|device| {
+        let process = || of_device(&kernel, device, true);
+        claims::on_device(&kernel, device)
+            .or_else(|| process().map(|holder| format!("{holder} has it open")))
+    });
     // Another mount namespace, or a driver that leaves no trace.
     let hidden = "something that is not seen from here holds it, such as a container's mount";
-    in_use(path, claim.as_deref().unwrap_or(hidden))
+    in_use(path, what.as_deref().unwrap_or(hidden))
 }
 
 /// The process that holds locks on an open file, if it can be seen.
@@ -128,99 +132,6 @@ fn of_device(kernel: &Kernel, device: Number, we_write: bool) -> Option<Holder> 
     Some(Holder::of(kernel, holder.pid))
 }
 
-/// A device with its partitions, and the disk that it is a partition of.
-struct Family {
-    itself: Number,
-    partitions: Vec<Number>,
-    whole: Option<Number>,
-}
-
-impl Family {
-    fn of(kernel: &Kernel, device: Number) -> Self {
-        let number = |directory: &Path| Number::parse(&line(&directory.join("dev"))?);
-        let directory = kernel.described(device);
-        let directory = directory.canonicalize().unwrap_or(directory);
-        let is_partition = |directory: &Path| directory.join("partition").exists();
-        let partitions = entries(&directory).filter(|entry| is_partition(entry));
-        let whole = directory.parent().filter(|_| is_partition(&directory));
-        Self {
-            itself: device,
-            partitions: partitions.filter_map(|entry| number(&entry)).collect(),
-            whole: whole.and_then(number),
-        }
-    }
-
-    /// Whether that is the device, or a part of it.
-    fn holds(&self, number: Number) -> bool {
-        self.itself == number || self.partitions.contains(&number)
-    }
-}
-
-/// What has claimed a device: where it is mounted, or what lies on it.
-fn claim(kernel: &Kernel, device: Number) -> Option<String> {
-    let family = Family::of(kernel, device);
-    // A whole disk cannot be had while a part of it is claimed, and the reverse.
-    let touches = |number: Number| family.holds(number) || family.whole == Some(number);
-    let is_of_it = |path: &Path| {
-        let node = path.starts_with("/dev").then(|| Node::at(path).ok());
-        node.flatten()
-            .and_then(|node| node.stands_for)
-            .is_some_and(touches)
-    };
-    // btrfs has a number of its own, and names its device.
-    let mounts = kernel.mounts();
-    let mount = mounts
-        .iter()
-        .find(|mount| touches(mount.device) || is_of_it(Path::new(&mount.source)));
-    if let Some(mount) = mount {
-        return Some(format!("it is mounted on {}", mount.directory.display()));
-    }
-    let swaps = std::fs::read_to_string(kernel.proc.join("swaps")).unwrap_or_default();
-    let mut swaps = swaps
-        .lines()
-        .skip(1)
-        .filter_map(|line| line.split(' ').next());
-    if swaps.any(|path| is_of_it(Path::new(path))) {
-        return Some("it is swap space".to_owned());
-    }
-    let numbers = family.partitions.iter().chain([&family.itself]);
-    let mut above = numbers.flat_map(|number| entries(&kernel.described(*number).join("holders")));
-    if let Some(above) = above.next() {
-        let name = above.file_name().unwrap_or_default().to_string_lossy();
-        let mapped = line(&above.join("dm/name"));
-        let mapped = mapped.map(|name| String::from_utf8_lossy(&name).into_owned());
-        let name = mapped.unwrap_or_else(|| name.into_owned());
-        return Some(format!("the device {name} lies on it"));
-    }
-    let holder = of_device(kernel, device, true)?;
-    Some(format!("{holder} has it open"))
-}
-
-/// The loop device whose bytes are those of a file or of another device. One that only reads does
-/// not disturb whoever reads.
-fn loop_device_on(kernel: &Kernel, node: Node, we_write: bool) -> Option<PathBuf> {
-    let name = |device: &Path| device.file_name().map(|name| Path::new("/dev").join(name));
-    let lies_on = |device: &Path| {
-        let backing = line(&device.join("loop/backing_file"))?;
-        let backing = PathBuf::from(std::ffi::OsString::from_vec(backing));
-        let reads_only = line(&device.join("ro"))? == b"1";
-        let backing = Node::at(&backing).ok()?;
-        let same = match (backing.stands_for, node.stands_for) {
-            (Some(backing), Some(device)) => backing == device,
-            _ => backing == node,
-        };
-        Some(same && (we_write || !reads_only))
-    };
-    let is_loop = |device: &Path| {
-        let name = device.file_name().unwrap_or_default();
-        name.as_bytes().starts_with(b"loop")
-    };
-    entries(&kernel.sys.join("block"))
-        .filter(|device| is_loop(device))
-        .find(|device| lies_on(device) == Some(true))
-        .and_then(|device| name(&device))
-}
-
 impl Holder {
     fn of(kernel: &Kernel, pid: u32) -> Self {
         if kernel.runs_what_we_run(pid) {
@@ -245,5 +156,193 @@ impl fmt::Display for Holder {
             }
             Self::Process { pid, program } => write!(f, "{program} (PID {pid})"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::fs::MetadataExt;
+    use std::path::PathBuf;
+    use std::process::{Child, Command, Stdio};
+
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::libc;
+    use nix::sys::stat::{Mode, SFlag, mknod};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn patience_ends_with_success_with_another_failure_or_with_the_last_refusal() {
+        let busy = || Err::<(), _>(Failure::new(FailureCode::Busy, "busy"));
+        let mut attempts = 0;
+        let freed = patiently(|| {
+            attempts += 1;
+            if attempts < 3 { busy() } else { Ok(()) }
+        });
+        assert_eq!((freed, attempts), (Ok(()), 3));
+        let broken = patiently(|| Err::<(), _>(Failure::new(FailureCode::Io, "broken")));
+        assert_eq!(broken.unwrap_err().code, FailureCode::Io);
+        assert_eq!(patiently(busy), busy());
+    }
+
+    /// A loop device on a file of its own; none without root, or where the machine has none.
+    struct LoopDevice {
+        path: PathBuf,
+        backing: PathBuf,
+        _directory: TempDir,
+    }
+
+    impl LoopDevice {
+        fn new() -> Option<Self> {
+            let directory = tempfile::tempdir().unwrap();
+            let backing = directory.path().join("backing");
+            File::create_new(&backing)
+                .unwrap()
+                .set_len(1 << 20)
+                .unwrap();
+            let made = Command::new("losetup")
+                .args(["--find", "--show"])
+                .arg(&backing)
+                .output();
+            match made {
+                Ok(made) if made.status.success() => Some(Self {
+                    path: String::from_utf8(made.stdout).unwrap().trim_end().into(),
+                    backing,
+                    _directory: directory,
+                }),
+                made => {
+                    eprintln!("SKIPPED: no loop device can be made here: {made:?}");
+                    None
+                }
+            }
+        }
+    }
+
+    impl Drop for LoopDevice {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup")
+                .arg("--detach")
+                .arg(&self.path)
+                .status();
+        }
+    }
+
+    /// A process that has a file open until it is dropped.
+    struct Other(Child);
+
+    impl Other {
+        fn with_open(redirection: &str, path: &Path) -> Self {
+            let script = format!("exec 5{redirection}\"$0\" && echo open && read end");
+            let mut child = Command::new("sh")
+                .args(["-c", &script])
+                .arg(path)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut line = String::new();
+            let output = child.stdout.as_mut().unwrap();
+            BufReader::new(output).read_line(&mut line).unwrap();
+            assert_eq!(line, "open\n");
+            Self(child)
+        }
+
+        fn name(&self) -> String {
+            format!("sh (PID {})", self.0.id())
+        }
+    }
+
+    impl Drop for Other {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_device_that_a_process_has_open_is_found_by_its_number() {
+        let Some(device) = LoopDevice::new() else {
+            return;
+        };
+        // Another name of the same device, as libvirt has them in its guests' own /dev.
+        let node = device.backing.with_file_name("node");
+        let number = device.path.metadata().unwrap().rdev();
+        mknod(&node, SFlag::S_IFBLK, Mode::S_IRUSR, number).unwrap();
+        let Ok(file) = File::open(&node) else {
+            eprintln!("SKIPPED: {} lies where devices do not work", node.display());
+            return;
+        };
+        // Patiently, since a process that another test is about to start has all that we have.
+        let allowed = |access| patiently(|| check(&file, &node, access));
+        let refused = |access| check(&file, &node, access).unwrap_err();
+        assert_eq!(allowed(Access::Destination), Ok(()), "ours does not count");
+
+        let reader = Other::with_open("<", &device.path);
+        let failure = refused(Access::Destination);
+        assert_eq!(failure.code, FailureCode::Busy);
+        assert!(failure.message.contains(&reader.name()), "{failure}");
+        assert_eq!(allowed(Access::Source), Ok(()));
+        drop(reader);
+
+        let writer = Other::with_open("<>", &device.path);
+        for access in [Access::Source, Access::Destination] {
+            let failure = refused(access);
+            assert!(failure.message.contains(&writer.name()), "{failure}");
+        }
+        for access in [Access::LiveSource, Access::Compare] {
+            assert_eq!(check(&file, &node, access), Ok(()));
+        }
+        drop(writer);
+        assert_eq!(allowed(Access::Destination), Ok(()));
+    }
+
+    #[test]
+    fn a_device_that_is_held_exclusively_is_busy_by_name() {
+        let Some(device) = LoopDevice::new() else {
+            return;
+        };
+        let _reader = Other::with_open("<", &device.path);
+        let failure = busy(&device.path);
+        assert_eq!(failure.code, FailureCode::Busy);
+        assert!(failure.message.contains("sh (PID"), "{failure}");
+    }
+
+    #[test]
+    fn a_file_under_a_loop_device_is_refused() {
+        let Some(device) = LoopDevice::new() else {
+            return;
+        };
+        let file = File::open(&device.backing).unwrap();
+        for access in [Access::Source, Access::Destination] {
+            let failure = check(&file, &device.backing, access).unwrap_err();
+            let name = device.path.to_str().unwrap();
+            assert!(failure.message.contains(name), "{failure}");
+        }
+    }
+
+    #[test]
+    fn who_holds_a_lock_is_found_and_who_has_but_the_file_open_is_not() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let _reader = Other::with_open("<", file.path());
+        assert_eq!(of_lock(file.as_file()), None);
+        let lock = libc::flock {
+            l_type: i16::try_from(libc::F_RDLCK).unwrap(),
+            l_whence: 0,
+            l_start: 100,
+            l_len: 1,
+            l_pid: 0,
+        };
+        let theirs = File::open(file.path()).unwrap();
+        fcntl(&theirs, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        // The description, and its lock with it, is the child's alone from here on.
+        let child = Command::new("sleep").arg("60").stdin(theirs).spawn();
+        let child = Other(child.unwrap());
+        let expected = Holder::Process {
+            pid: child.0.id(),
+            program: "sleep".to_owned(),
+        };
+        assert_eq!(of_lock(file.as_file()), Some(expected));
     }
 }

@@ -145,3 +145,145 @@ fn busy(file: &File, path: &Path) -> Failure {
     let message = format!("{} is in use: {holder} holds its lock", path.display());
     Failure::new(FailureCode::Busy, message)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const ALL: [i64; 8] = [100, 101, 102, 103, 200, 201, 202, 203];
+
+    /// A file, to be opened several times.
+    struct Image {
+        path: PathBuf,
+        _directory: TempDir,
+    }
+
+    impl Image {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("disk");
+            File::create_new(&path).unwrap();
+            Self {
+                path,
+                _directory: directory,
+            }
+        }
+
+        fn open(&self) -> File {
+            let mut options = File::options();
+            options.read(true).write(true).open(&self.path).unwrap()
+        }
+
+        /// A run of ours.
+        fn held(&self, access: Access) -> Result<File, Failure> {
+            let file = match access {
+                Access::Destination => self.open(),
+                _ => File::open(&self.path).unwrap(),
+            };
+            take(&file, &self.path, access).map(|()| file)
+        }
+
+        fn refuses(&self, access: Access) -> bool {
+            match self.held(access) {
+                Ok(_) => false,
+                Err(failure) => {
+                    assert_eq!(failure.code, FailureCode::Busy);
+                    assert!(failure.message.contains(self.path.to_str().unwrap()));
+                    true
+                }
+            }
+        }
+
+        /// Whether QEMU could lock this byte now.
+        fn can_share(&self, byte: i64) -> bool {
+            set(&self.open(), libc::F_RDLCK, byte).is_ok()
+        }
+    }
+
+    #[test]
+    fn a_destination_is_had_by_one_run_and_a_source_by_many() {
+        use Access::{Compare, Destination, LiveSource, Source};
+        let image = Image::new();
+        for (held, wanted, is_refused) in [
+            (Destination, Destination, true),
+            (Destination, Source, true),
+            (Source, Destination, true),
+            (Source, Source, false),
+            (Destination, Compare, false),
+            (Destination, LiveSource, false),
+            (Compare, Destination, false),
+            (LiveSource, Destination, false),
+        ] {
+            let first = image.held(held).unwrap();
+            assert_eq!(image.refuses(wanted), is_refused, "{held:?}, {wanted:?}");
+            drop(first);
+            assert!(!image.refuses(wanted), "a lock ends with its file");
+        }
+    }
+
+    #[test]
+    fn every_byte_that_qemu_may_hold_keeps_a_destination_and_writers_a_source() {
+        let image = Image::new();
+        for byte in ALL {
+            let theirs = image.open();
+            set(&theirs, libc::F_RDLCK, byte).unwrap();
+            assert!(image.refuses(Access::Destination), "{byte}");
+            let keeps_a_source = [101, 103, 200].contains(&byte);
+            assert_eq!(image.refuses(Access::Source), keeps_a_source, "{byte}");
+            assert!(!image.refuses(Access::LiveSource), "{byte}");
+            assert!(!image.refuses(Access::Compare), "{byte}");
+        }
+    }
+
+    #[test]
+    fn what_is_held_is_what_keeps_qemu_out() {
+        let image = Image::new();
+        let destination = image.held(Access::Destination).unwrap();
+        let shared: Vec<_> = ALL
+            .into_iter()
+            .filter(|byte| image.can_share(*byte))
+            .collect();
+        assert_eq!(shared, [102, 103, 200, 202]);
+        drop(destination);
+        let _source = image.held(Access::Source).unwrap();
+        assert!(ALL.into_iter().all(|byte| image.can_share(byte)));
+        let probe = |byte| set(&image.open(), libc::F_WRLCK, byte).is_ok();
+        let unused: Vec<_> = ALL.into_iter().filter(|byte| probe(*byte)).collect();
+        assert_eq!(unused, [101, 102, 103, 200, 201, 202]);
+    }
+
+    #[test]
+    fn a_refusal_leaves_nothing_locked() {
+        let image = Image::new();
+        // The last that a destination looks at, when it has locked everything.
+        let theirs = image.open();
+        set(&theirs, libc::F_RDLCK, DENIES_REWRITING).unwrap();
+        let file = image.open();
+        take(&file, &image.path, Access::Destination).unwrap_err();
+        assert!(ALL.into_iter().all(|byte| image.can_share(byte)));
+        drop(theirs);
+        take(&file, &image.path, Access::Destination).unwrap();
+    }
+
+    #[test]
+    fn a_name_that_leads_elsewhere_by_now_is_noticed() {
+        let image = Image::new();
+        let link = image.path.with_file_name("link");
+        std::os::unix::fs::symlink(&image.path, &link).unwrap();
+        let file = image.open();
+        let named = |path: &Path| still_named(&file, path);
+        assert_eq!(named(&image.path), Ok(true));
+        assert_eq!(named(&link), Ok(true));
+        let new = image.path.with_file_name("new");
+        std::fs::write(&new, "").unwrap();
+        std::fs::rename(&new, &image.path).unwrap();
+        assert_eq!(named(&image.path), Ok(false));
+        assert_eq!(named(&link), Ok(false));
+        std::fs::remove_file(&image.path).unwrap();
+        assert_eq!(named(&image.path), Ok(false));
+    }
+}

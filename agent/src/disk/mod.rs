@@ -4,13 +4,13 @@
 //! own position is used by `map` alone.
 
 mod cache;
+mod claims;
 mod holders;
 mod kernel;
 mod locks;
 mod map;
 mod read;
 mod stage;
-#[expect(dead_code, reason = "the message Opened is to carry it")]
 mod storage;
 mod write;
 
@@ -107,7 +107,8 @@ impl Disk {
             let message = format!("{path} changed its size from {was} to {is} bytes meanwhile");
             return Err(Failure::new(FailureCode::Io, message));
         }
-        if now.modified != opened.modified {
+        let counts = now.written.zip(opened.written);
+        if now.modified != opened.modified || counts.is_some_and(|(now, then)| now != then) {
             let message = format!("{} was written to while it was read", self.path.display());
             return Err(Failure::new(FailureCode::Io, message));
         }
@@ -122,6 +123,7 @@ impl Disk {
         Ok(Version {
             size: self.size()?,
             modified,
+            written: storage::write_count(&self.file, &metadata),
         })
     }
 
@@ -155,11 +157,13 @@ impl Disk {
     }
 }
 
-/// Size and last modification of a disk.
+/// Size and last modification of a disk, or what has been written to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Version {
     size: u64,
     modified: Option<(i64, i64)>,
+    /// Of a device that counts.
+    written: Option<u64>,
 }
 
 /// A disk as the controller asked for it: open, or a destination that does not exist yet.

@@ -100,12 +100,14 @@ pub(super) fn busy(path: &Path) -> Failure {
     in_use(path, what.as_deref().unwrap_or(hidden))
 }
 
-/// The process that holds locks on an open file, if it can be seen.
-pub(super) fn of_lock(file: &File) -> Option<Holder> {
+/// The process that holds a lock on this byte of an open file, if it can be seen.
+pub(super) fn of_lock(file: &File, byte: i64) -> Option<Holder> {
     let kernel = Kernel::running();
     let node = Node::of(&file.metadata().ok()?);
     let open = kernel.open_files(|other| *other == node);
-    let holder = open.into_iter().find(|file| file.locks)?;
+    let holder = open
+        .iter()
+        .find(|file| file.locks.iter().any(|range| range.contains(&byte)))?;
     Some(Holder::of(&kernel, holder.pid))
 }
 
@@ -134,13 +136,17 @@ fn of_device(kernel: &Kernel, device: Number, we_write: bool) -> Option<Holder> 
 
 impl Holder {
     fn of(kernel: &Kernel, pid: u32) -> Self {
-        if kernel.runs_what_we_run(pid) {
-            return Self::Agent { pid };
-        }
-        let program = kernel.program(pid);
-        Self::Process {
-            pid,
-            program: program.unwrap_or_else(|| "a process".to_owned()),
+        let program = kernel.program(&pid.to_string());
+        match program {
+            // Not told by the file: two that were sent at the same time are two files.
+            Some(program) if Some(&program) == kernel.program("self").as_ref() => {
+                Self::Agent { pid }
+            }
+            Some(program) => Self::Process { pid, program },
+            None => Self::Process {
+                pid,
+                program: "a process".to_owned(),
+            },
         }
     }
 }
@@ -326,7 +332,7 @@ mod tests {
     fn who_holds_a_lock_is_found_and_who_has_but_the_file_open_is_not() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let _reader = Other::with_open("<", file.path());
-        assert_eq!(of_lock(file.as_file()), None);
+        assert_eq!(of_lock(file.as_file(), 100), None);
         let lock = libc::flock {
             l_type: i16::try_from(libc::F_RDLCK).unwrap(),
             l_whence: 0,
@@ -343,6 +349,7 @@ mod tests {
             pid: child.0.id(),
             program: "sleep".to_owned(),
         };
-        assert_eq!(of_lock(file.as_file()), Some(expected));
+        assert_eq!(of_lock(file.as_file(), 100), Some(expected));
+        assert_eq!(of_lock(file.as_file(), 101), None);
     }
 }

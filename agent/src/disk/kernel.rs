@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs::{self, Metadata};
 use std::io;
 use std::mem::MaybeUninit;
+use std::ops::RangeInclusive;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -49,13 +50,13 @@ pub(super) struct Node {
 }
 
 /// An open file of another process.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct OpenFile {
     pub(super) pid: u32,
     pub(super) node: Node,
     pub(super) writes: bool,
-    /// It holds locks on a file of the same number.
-    pub(super) locks: bool,
+    /// The bytes on which it holds locks.
+    pub(super) locks: Vec<RangeInclusive<i64>>,
 }
 
 impl Kernel {
@@ -117,16 +118,11 @@ impl Kernel {
         found
     }
 
-    /// The name of a process's program, shortened by the kernel to 15 bytes.
-    pub(super) fn program(&self, pid: u32) -> Option<String> {
-        let name = fs::read(self.proc.join(format!("{pid}/comm"))).ok()?;
+    /// The name of the program that a process runs, shortened by the kernel to 15 bytes; `self` is
+    /// ours.
+    pub(super) fn program(&self, process: &str) -> Option<String> {
+        let name = fs::read(self.proc.join(process).join("comm")).ok()?;
         Some(String::from_utf8_lossy(name.trim_ascii_end()).into_owned())
-    }
-
-    /// Whether a process runs the executable that we run.
-    pub(super) fn runs_what_we_run(&self, pid: u32) -> bool {
-        let executable = |process: &str| Node::at(&self.proc.join(process).join("exe")).ok();
-        executable(&pid.to_string()).is_some_and(|theirs| executable("self") == Some(theirs))
     }
 }
 
@@ -239,9 +235,8 @@ impl Node {
     }
 }
 
-/// Whether an open file may be written to, and holds locks; `None` when it is but a handle to a
-/// path.
-fn read_info(path: &Path) -> Option<(bool, bool)> {
+/// Whether an open file may be written to, and its locks; `None` when it is but a handle to a path.
+fn read_info(path: &Path) -> Option<(bool, Vec<RangeInclusive<i64>>)> {
     let info = fs::read_to_string(path).ok()?;
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
     let flags = libc::c_int::from_str_radix(flags.trim(), 8).ok()?;
@@ -249,8 +244,15 @@ fn read_info(path: &Path) -> Option<(bool, bool)> {
         return None;
     }
     let writes = [libc::O_WRONLY, libc::O_RDWR].contains(&(flags & libc::O_ACCMODE));
-    let locks = info.lines().any(|line| line.starts_with("lock:"));
-    Some((writes, locks))
+    Some((writes, info.lines().filter_map(locked).collect()))
+}
+
+/// The bytes of a line such as `lock: 1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`, of which
+/// the last may be `EOF`.
+fn locked(line: &str) -> Option<RangeInclusive<i64>> {
+    let mut words = line.strip_prefix("lock:")?.split_ascii_whitespace().rev();
+    let (last, first) = (words.next()?, words.next()?);
+    Some(first.parse().ok()?..=last.parse().unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]
@@ -295,6 +297,26 @@ mod tests {
         let mounts = Kernel::running().mounts();
         let proc = mounts.iter().find(|mount| mount.kind == "proc").unwrap();
         assert_eq!(Node::at(&proc.directory).unwrap().device, proc.device);
+    }
+
+    #[test]
+    fn locks_are_read_from_what_the_kernel_says_of_an_open_file() {
+        let read = |text: &str| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), text).unwrap();
+            read_info(file.path())
+        };
+        let [reads, writes, path] = [0, libc::O_RDWR, libc::O_PATH]
+            .map(|flags| format!("pos:\t0\nflags:\t0{flags:o}\nmnt_id:\t27\n"));
+        assert_eq!(read(&reads), Some((false, vec![])));
+        let locks = "lock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:10699 100 101\n\
+                     lock:\t2: POSIX  ADVISORY  WRITE 77 fe:00:10699 0 EOF\n";
+        assert_eq!(
+            read(&(writes + locks)),
+            Some((true, vec![100..=101, 0..=i64::MAX]))
+        );
+        assert_eq!(read(&path), None);
+        assert_eq!(read("flags:\tx\n"), None);
     }
 
     #[test]

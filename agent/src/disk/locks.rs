@@ -70,7 +70,7 @@ pub(super) fn take(file: &File, path: &Path, access: Access) -> Result<(), Failu
         Access::Destination => &DESTINATION,
         Access::Compare | Access::LiveSource => return Ok(()),
     };
-    let Err(error) = claim.take(file) else {
+    let Err((byte, error)) = claim.take(file) else {
         return Ok(());
     };
     for byte in claim.held {
@@ -78,7 +78,7 @@ pub(super) fn take(file: &File, path: &Path, access: Access) -> Result<(), Failu
         let _ = set(file, libc::F_UNLCK, *byte);
     }
     match error {
-        Errno::EAGAIN | Errno::EACCES => Err(busy(file, path)),
+        Errno::EAGAIN | Errno::EACCES => Err(busy(file, path, byte)),
         Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL => Ok(()),
         error => Err(Failure::io("locking", path, &error.into())),
     }
@@ -104,15 +104,17 @@ pub(super) fn still_named(file: &File, path: &Path) -> Result<bool, Failure> {
 }
 
 impl Claim {
-    fn take(&self, file: &File) -> nix::Result<()> {
+    /// On failure, the byte that could not be had.
+    fn take(&self, file: &File) -> Result<(), (i64, Errno)> {
         for byte in self.held {
-            set(file, self.kind, *byte)?;
+            set(file, self.kind, *byte).map_err(|error| (*byte, error))?;
         }
         for byte in self.free {
             let mut lock = lock_of(libc::F_WRLCK, *byte);
-            fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
+            let asked = fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock));
+            asked.map_err(|error| (*byte, error))?;
             if lock.l_type != short(libc::F_UNLCK) {
-                return Err(Errno::EAGAIN);
+                return Err((*byte, Errno::EAGAIN));
             }
         }
         Ok(())
@@ -137,8 +139,8 @@ fn short(number: i32) -> i16 {
     i16::try_from(number).expect("kinds of locks and of seeking are small numbers")
 }
 
-fn busy(file: &File, path: &Path) -> Failure {
-    let holder = holders::of_lock(file).map_or_else(
+fn busy(file: &File, path: &Path, byte: i64) -> Failure {
+    let holder = holders::of_lock(file, byte).map_or_else(
         || "a running VM or another sync".to_owned(),
         |holder| holder.to_string(),
     );

@@ -344,7 +344,7 @@ impl Destination {
                     return Ok(None);
                 };
                 let image = destination.image(file, false);
-                image.take_locks(Access::Destination)?;
+                image.lock()?;
                 destination.work = Some(Work {
                     apply: Apply::New,
                     disk: Arc::new(Disk::of(Arc::new(image))),
@@ -371,7 +371,7 @@ impl Destination {
             Way::Reflink => match open_own(&self.names.clone_file())? {
                 Some(clone) => {
                     let image = self.image(clone, false);
-                    image.take_locks(Access::Destination)?;
+                    image.lock()?;
                     (Apply::Reflink, Disk::of(Arc::new(image)))
                 }
                 // It has its name already.

@@ -414,7 +414,7 @@ impl Destination {
     /// A file of ours that becomes the destination.
     fn hold(&self, file: DiskFile, is_fresh: bool) -> Result<Image, Failure> {
         let image = self.image(file, is_fresh);
-        image.take_locks(Access::Destination)?;
+        image.lock()?;
         image.read_in_windows();
         Ok(image)
     }

@@ -6,11 +6,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use kvm_clone_protocol::message::{FailureCode, Identity};
+use kvm_clone_protocol::message::{Access, FailureCode, Identity};
 
 use nix::libc;
 
 use super::file::DiskFile;
+use super::{locks, storage};
 use crate::failure::Failure;
 
 /// An open image, shared by the worker threads: every operation names its offset, so the file's
@@ -46,7 +47,8 @@ impl Image {
             let message = format!("{path} changed its size from {was} to {is} bytes meanwhile");
             return Err(Failure::new(FailureCode::Io, message));
         }
-        if now != *opened {
+        let counts = now.written.zip(opened.written);
+        if now.modified != opened.modified || counts.is_some_and(|(now, then)| now != then) {
             let message = format!("{} was written to meanwhile", self.path.display());
             return Err(Failure::new(FailureCode::Io, message));
         }
@@ -61,6 +63,7 @@ impl Image {
         Ok(Version {
             size: self.size()?,
             modified,
+            written: storage::write_count(self.file.as_file(), &metadata),
         })
     }
 
@@ -68,6 +71,11 @@ impl Image {
         self.file
             .metadata()
             .map_err(|error| self.failed("examining", &error))
+    }
+
+    /// Holds a file of ours that is to be a destination.
+    pub(super) fn lock(&self) -> Result<(), Failure> {
+        locks::take(self.file.as_file(), &self.path, Access::Destination)
     }
 
     pub(super) fn identity(&self) -> Result<Identity, Failure> {
@@ -114,9 +122,11 @@ impl Image {
     }
 }
 
-/// Size and last modification of an image.
+/// Size and last modification of an image, or what has been written to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Version {
     size: u64,
     modified: Option<(i64, i64)>,
+    /// Of a device that counts.
+    written: Option<u64>,
 }

@@ -39,7 +39,7 @@ const FORMAT: Format = Format {
 const ENTRY_LEN: usize = 32;
 
 /// Entries that are read or written with one system call: a page's worth and a few.
-const BATCH: u64 = 1024;
+const BATCH: usize = 1024;
 
 /// How the changes get into the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -222,12 +222,12 @@ impl Journal {
 
     /// Notes that the blocks of a run become zero.
     pub(super) fn note_zeros(&self, run: BlockRun) -> io::Result<()> {
-        let zeros = [Entry::Zero; BATCH as usize];
+        let zeros = [Entry::Zero; BATCH];
         let mut at = run.first;
         while at < run.end() {
-            let count = BATCH.min(run.end() - at);
-            self.note(at, &zeros[..usize::try_from(count).expect("a batch")])?;
-            at += count;
+            let count = BATCH.min(usize::try_from(run.end() - at).unwrap_or(BATCH));
+            self.note(at, &zeros[..count])?;
+            at += count as u64;
         }
         Ok(())
     }
@@ -245,7 +245,7 @@ impl Journal {
         while let Some(run) = self.noted(at).map_err(failed)? {
             let mut first = run.first;
             while first < run.end() {
-                let count = BATCH.min(run.end() - first);
+                let count = (run.end() - first).min(BATCH as u64);
                 let entries = self.entries(BlockRun { first, count }).map_err(failed)?;
                 for (index, entry) in (first..).zip(entries) {
                     if entry != Entry::None {

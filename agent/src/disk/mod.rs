@@ -9,11 +9,14 @@
 
 mod attributes;
 mod cache;
+mod claims;
 mod commit;
 mod destination;
 mod file;
+mod holders;
 mod image;
 mod journal;
+mod kernel;
 mod locks;
 mod map;
 mod names;
@@ -24,9 +27,10 @@ mod reread;
 mod run;
 mod slots;
 mod state;
+mod storage;
 mod write;
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -268,28 +272,41 @@ fn open_image(path: &Path, metadata: &Metadata, access: Access) -> Result<Image,
         let message = format!("{} is {what}, not a disk", path.display());
         return Err(Failure::new(FailureCode::Refused, message));
     }
-    let writes = access == Access::Destination;
-    // O_EXCL on a device fails while it is mounted or held by another exclusive opener.
-    let exclusive = if writes && kind.is_block_device() {
-        libc::O_EXCL
-    } else {
-        0
-    };
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(writes)
-        .custom_flags(exclusive)
-        .open(path)
-        .map_err(|error| Failure::io("opening", path, &error))?;
+    let is_device = kind.is_block_device();
     let image = Image {
-        file: DiskFile::new(file),
+        file: DiskFile::new(holders::patiently(|| claim(path, access, is_device))?),
         path: path.to_owned(),
-        is_device: kind.is_block_device(),
+        is_device,
         is_fresh: false,
     };
-    image.take_locks(access)?;
     image.read_in_windows();
     Ok(image)
+}
+
+/// Opens a disk that nobody else has in use, and holds it against others for as long as it is
+/// open. A disk that is only looked at, or read although it is in use, is in nobody's way.
+fn claim(path: &Path, access: Access, is_device: bool) -> Result<File, Failure> {
+    // O_EXCL on a device fails while it is mounted or held by another exclusive opener.
+    let exclusive = match access {
+        Access::Source | Access::Destination if is_device => libc::O_EXCL,
+        _ => 0,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(access == Access::Destination)
+        .custom_flags(exclusive)
+        .open(path)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => holders::busy(path),
+            _ => Failure::io("opening", path, &error),
+        })?;
+    locks::take(&file, path, access)?;
+    holders::check(&file, path, access)?;
+    if locks::still_named(&file, path)? {
+        return Ok(file);
+    }
+    let message = format!("{} has just been replaced", path.display());
+    Err(Failure::new(FailureCode::Busy, message))
 }
 
 /// The answer to the controller about what is there.
@@ -307,7 +324,7 @@ pub(crate) fn describe(image: &Image, disk: u32) -> Result<Opened, Failure> {
         size: image.size()?,
         identity: Some(image.identity()?),
         resumed: false,
-        storage: Vec::new(),
+        storage: storage::name(&image.metadata()?).unwrap_or_default(),
     })
 }
 

@@ -238,7 +238,8 @@ impl Destination {
     fn begin_reflink(&self, base: &Arc<Image>, before: &mut Before) -> Result<Work, Failure> {
         if !base.has_one_name()? {
             let message = format!(
-                "{} has more than one name, or is a mount point: a copy cannot take its place",
+                "{} has more than one name, or is a mount point: a copy cannot take its place \
+                 (--apply staged does without)",
                 base.path.display()
             );
             return Err(Failure::new(FailureCode::MissingRequirement, message));
@@ -293,7 +294,7 @@ impl Destination {
             .is_some_and(|code| CANNOT.contains(&code))
         {
             let message = format!(
-                "the file system of {} makes no reflink copies",
+                "the file system of {} makes no reflink copies (--apply staged does without)",
                 base.path.display()
             );
             return Err(Failure::new(FailureCode::MissingRequirement, message));

@@ -303,8 +303,8 @@ pub(super) fn check_reservable(base: &Image) -> Result<(), Failure> {
         return Ok(());
     }
     let message = format!(
-        "{} lies on a file system that cannot reserve space in place: changes can wait in a \
-         reflink copy only",
+        "{} lies on a file system that cannot reserve space in place: changes cannot wait beside it \
+         (--apply reflink does without)",
         base.path.display()
     );
     Err(Failure::new(FailureCode::MissingRequirement, message))

@@ -408,7 +408,11 @@ pub(super) fn own_name(path: &Path) -> bool {
 /// [`Failure`], which says how that is ended.
 pub(super) fn check_whole(path: &Path, access: Access) -> Result<(), Failure> {
     let names = match std::fs::metadata(path) {
-        Ok(metadata) => Names::of(path, &metadata)?,
+        Ok(metadata) => match Names::of(path, &metadata) {
+            Ok(names) => names,
+            // Without a place for notes there are none.
+            Err(_) => return Ok(()),
+        },
         Err(_) => {
             let file = std::path::absolute(path)
                 .ok()

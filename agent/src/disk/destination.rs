@@ -136,6 +136,7 @@ impl Destination {
         stage_dir: Option<&Path>,
         run: &mut Run,
     ) -> Result<Begun, Failure> {
+        self.names.make_room()?;
         run.add(&self.names)?;
         recover::take_over(&self.names)?;
         let mut before = Before::default();
@@ -259,8 +260,12 @@ impl Destination {
                     ..self.header(base, Way::Reflink, PathBuf::new())?
                 };
                 let file = self.make_clone(base)?;
-                let journal = Journal::create(&self.names.journal(), header);
-                (file, journal.map_err(|error| self.journal_failed(&error))?)
+                // It gets its name only when the journal says whose it is.
+                let journal = Journal::create(&self.names.journal(), header)
+                    .map_err(|error| self.journal_failed(&error))?;
+                file.link(&path)
+                    .map_err(|error| self.create_failed(&path, &error))?;
+                (file, journal)
             }
         };
         Ok(Work {
@@ -271,24 +276,26 @@ impl Destination {
         })
     }
 
-    /// A file that shares all blocks with the old version.
+    /// A file without a name that shares all blocks with the old version.
     fn make_clone(&self, base: &Image) -> Result<DiskFile, Failure> {
         /// What file systems say that share no blocks, or not these.
-        const CANNOT: [i32; 5] = [
+        const CANNOT: [i32; 6] = [
+            libc::EISDIR,
             libc::EOPNOTSUPP,
             libc::EINVAL,
             libc::ENOTTY,
             libc::EXDEV,
             libc::ENOSYS,
         ];
-        let path = self.names.clone_file();
-        let file = DiskFile::create(&path).map_err(|error| self.create_failed(&path, &error))?;
-        let cloned =
-            attributes::copy_nocow(&base.file, &file).and_then(|()| file.clone_from(&base.file));
-        let Err(error) = cloned else {
-            return Ok(file);
+        let cloned = DiskFile::create_nameless(self.names.directory()).and_then(|file| {
+            attributes::copy_nocow(&base.file, &file)?;
+            file.clone_from(&base.file)?;
+            Ok(file)
+        });
+        let error = match cloned {
+            Ok(file) => return Ok(file),
+            Err(error) => error,
         };
-        remove(&path).map_err(|error| Failure::io("removing", &path, &error))?;
         if error
             .raw_os_error()
             .is_some_and(|code| CANNOT.contains(&code))

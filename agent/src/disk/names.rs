@@ -27,6 +27,9 @@ use serde::{Deserialize, Serialize};
 use super::state;
 use crate::failure::Failure;
 
+/// The part of the agent's own directory that holds the things of devices.
+const DEVICES: &str = "devices";
+
 /// The longest file name of the usual file systems.
 const NAME_MAX: usize = 255;
 
@@ -52,7 +55,7 @@ impl Names {
         let path =
             std::fs::canonicalize(path).map_err(|error| Failure::io("following", path, &error))?;
         if metadata.file_type().is_block_device() {
-            let directory = state::directory("devices")?;
+            let directory = state::path(DEVICES)?;
             return Ok(Self::of_device(
                 &path,
                 directory,
@@ -81,6 +84,22 @@ impl Names {
             directory,
             stem: key,
         }
+    }
+
+    /// Where the destination's own things lie.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Makes the directory for a device's things; a file's is there.
+    ///
+    /// # Errors
+    /// [`Failure`] as [`state::directory`].
+    pub(super) fn make_room(&self) -> Result<(), Failure> {
+        if self.path.parent() != Some(&self.directory) {
+            state::directory(DEVICES)?;
+        }
+        Ok(())
     }
 
     /// Makes the names durable: the destination's own, and those of what lies beside it.

@@ -205,7 +205,9 @@ impl Overlay {
                 result => result,
             };
             match reserved {
-                Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => Ok(()),
+                Ok(()) => Ok(()),
+                // Without a way to promise space only what occupies some already is safe.
+                Err(nix::errno::Errno::EOPNOTSUPP) if !base.is_hole(run, geometry)? => Ok(()),
                 Err(error) => Err(base.failed_at("reserving space in", offset, &error.into())),
             }
         });

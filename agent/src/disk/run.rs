@@ -12,7 +12,7 @@ use kvm_clone_protocol::message::FailureCode;
 use serde::{Deserialize, Serialize};
 
 use super::file::DiskFile;
-use super::names::{Names, remove, sync_directory};
+use super::names::{Names, remove, rename_over, sync_directory};
 use super::slots::{Format, Slots, Unreadable};
 use super::{found, state};
 use crate::failure::Failure;
@@ -66,15 +66,17 @@ impl Run {
             let message = format!("the system gives no random numbers: {error}");
             Failure::new(FailureCode::Internal, message)
         })?;
-        let name = format!("{:016x}.{SUFFIX}", u64::from_le_bytes(random));
-        let path = directory.join(name);
+        let path = directory.join(format!("{:016x}", u64::from_le_bytes(random)));
+        let (new, path) = (path.with_extension("new"), path.with_extension(SUFFIX));
         let failed = |error: io::Error| Failure::io("noting the run in", &path, &error);
-        let file = DiskFile::create(&path).map_err(failed)?;
+        // Whoever finds it under its own name finds it whole, and locked.
+        let file = DiskFile::create(&new).map_err(failed)?;
         file.as_file()
             .try_lock()
             .map_err(|error| failed(error.into()))?;
         let note = Note::default();
         let slots = Slots::create(&file, FORMAT, &note).map_err(failed)?;
+        rename_over(&new, &path).map_err(failed)?;
         sync_directory(&directory).map_err(failed)?;
         Ok(Self {
             path,

@@ -30,6 +30,14 @@ pub(super) fn directory(name: &str) -> Result<PathBuf, Failure> {
     Ok(directory)
 }
 
+/// Where that is, made or not.
+///
+/// # Errors
+/// [`Failure`] when there is no place for it.
+pub(super) fn path(name: &str) -> Result<PathBuf, Failure> {
+    Ok(base()?.join(name))
+}
+
 /// The same, unless it does not exist.
 ///
 /// # Errors

@@ -28,6 +28,8 @@ mod run;
 mod slots;
 mod state;
 mod storage;
+#[cfg(test)]
+mod stories;
 mod write;
 
 use std::fs::{File, Metadata, OpenOptions};

@@ -53,12 +53,12 @@ pub(super) fn existing(name: &str) -> Result<Option<PathBuf>, Failure> {
     Ok(Some(directory))
 }
 
-/// Tests have a directory of their own, which they share as the runs of a host do.
+/// Each test is a host of its own.
 #[cfg(test)]
 fn base() -> Result<PathBuf, Failure> {
     let here = std::env::current_exe().expect("a test is a program");
-    let name = format!("state-of-test-{}", std::process::id());
-    Ok(here.with_file_name(name))
+    let (process, thread) = (std::process::id(), std::thread::current().id());
+    Ok(here.with_file_name(format!("state-of-test-{process}-{thread:?}")))
 }
 
 #[cfg(not(test))]

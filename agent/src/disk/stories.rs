@@ -259,7 +259,7 @@ fn a_disk_that_was_used_after_a_crash_is_not_made_a_mixture() {
     story.prepare();
     story.note_commit();
     drop(story);
-    let file = fs::File::options().write(true).open(ground.disk()).unwrap();
+    let file = File::options().write(true).open(ground.disk()).unwrap();
     file.write_all_at(&[55; BLOCK_LEN], 0).unwrap();
     file.set_modified(std::time::SystemTime::UNIX_EPOCH)
         .unwrap();
@@ -275,13 +275,13 @@ fn a_journal_that_is_damaged_or_of_another_disk_is_ignored_with_a_warning() {
     let spoils: [(&str, Spoil); 3] = [
         ("damaged", |ground| {
             let journal = ground.path(".disk.kc-journal");
-            let file = fs::File::options().write(true).open(journal).unwrap();
+            let file = File::options().write(true).open(journal).unwrap();
             file.write_all_at(&[0xff; 32], 0).unwrap();
             file.write_all_at(&[0xff; 32], 16 * 1024).unwrap();
         }),
         ("of a later version", |ground| {
             let journal = ground.path(".disk.kc-journal");
-            let file = fs::File::options().write(true).open(journal).unwrap();
+            let file = File::options().write(true).open(journal).unwrap();
             file.write_all_at(&[9], 8).unwrap();
             file.write_all_at(&[9], 16 * 1024 + 8).unwrap();
         }),
@@ -315,7 +315,7 @@ fn a_staged_block_that_is_damaged_is_shipped_again() {
     let ground = Ground::new();
     Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
     let stage = ground.path(".disk.kc-stage");
-    let file = fs::File::options().write(true).open(stage).unwrap();
+    let file = File::options().write(true).open(stage).unwrap();
     file.write_all_at(&[98], 2 * BLOCK_SIZE + 100).unwrap();
     let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
     let disk = Arc::clone(&story.begun[0].disk);
@@ -414,7 +414,7 @@ fn two_runs_never_meet_on_one_disk() {
 #[test]
 fn the_space_for_holes_is_reserved_and_given_back() {
     let ground = Ground::new();
-    let file = fs::File::create(ground.disk()).unwrap();
+    let file = File::create(ground.disk()).unwrap();
     file.set_len(geometry().size()).unwrap();
     drop(file);
     let occupied = || fs::metadata(ground.disk()).unwrap().blocks();

@@ -112,16 +112,17 @@ impl Pair {
 
     /// `side` lost the other: what the other says about it, or else the symptom.
     async fn blame(&mut self, side: Side, symptom: Error) -> Error {
-        let other = match side {
-            Side::Source => &mut self.destination,
-            Side::Destination => &mut self.source,
+        let (other, its_side) = match side {
+            Side::Source => (&mut self.destination, Side::Destination),
+            Side::Destination => (&mut self.source, Side::Source),
         };
+        let kept = &mut self.kept;
         let reason = async {
             loop {
                 match other.next().await {
                     Ok(Control::Failed(failed)) if failed.code == FailureCode::LinkLost => {}
                     Ok(Control::Failed(failed)) => return on(other, failed),
-                    Ok(_) => {}
+                    Ok(said) => kept.push_back((its_side, said)),
                     Err(error) => return error,
                 }
             }

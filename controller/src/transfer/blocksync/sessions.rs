@@ -85,6 +85,10 @@ impl<'a, 'b> Sessions<'a, 'b> {
 
     async fn failed(&mut self, stopped: Stopped) -> Result<(), Stopped> {
         let Stopped { at, mut error } = stopped;
+        if self.jobs[at].result.error.is_some() {
+            // The other end of a session that has failed already.
+            return Ok(());
+        }
         let ended = self.running.remove(&at);
         if let Some(Running {
             mut connection,

@@ -137,6 +137,18 @@ impl Host {
         self.directory.join("root")
     }
 
+    /// What is /var/tmp on the host, as the test sees it.
+    #[must_use]
+    pub fn var_tmp(&self) -> PathBuf {
+        self.directory.join("var-tmp")
+    }
+
+    /// What is /dev/shm on the host, as the test sees it.
+    #[must_use]
+    pub fn shm(&self) -> PathBuf {
+        self.directory.join("shm")
+    }
+
     /// The link target of `/proc/PID/ns/mnt` of its processes.
     #[must_use]
     pub fn mount_namespace(&self) -> OsString {
@@ -153,6 +165,20 @@ impl Host {
     pub fn allow(&self, public_key: &str) {
         let path = self.directory.join("etc/authorized_keys");
         write(&path, &format!("{}{public_key}\n", read(&path)));
+    }
+
+    /// From now on the owner of the key with this comment gets this command, whatever it asks for.
+    ///
+    /// # Panics
+    /// When the command holds a double quote, which would have to be quoted.
+    pub fn force(&self, owner: &str, command: &str) {
+        assert!(!command.contains('"'));
+        let path = self.directory.join("etc/authorized_keys");
+        let forced = |key: &str| match key.ends_with(&format!(" {owner}")) {
+            true => format!("restrict,command=\"{command}\" {key}\n"),
+            false => format!("{key}\n"),
+        };
+        write(&path, &read(&path).lines().map(forced).collect::<String>());
     }
 
     /// Its line in a known_hosts file.

@@ -10,7 +10,7 @@ use super::{App, combined, side_by_side};
 use crate::agent_binary;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, Result};
-use crate::host::{AgentConnection, DEFAULT_INSTALL_PATH, Host, Removed};
+use crate::host::{AgentConnection, AgentPath, DEFAULT_INSTALL_PATH, Host, Removed, Unwanted};
 use crate::output;
 
 /// What can be done with agents.
@@ -28,8 +28,11 @@ pub(super) enum Command {
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<HostSpec>,
     },
-    /// Remove all agents that transfers have copied to the hosts
+    /// Remove the agents that transfers have copied to the hosts
     Remove {
+        /// Keep the one of this release, and remove what other releases and broken uploads left
+        #[arg(long)]
+        old: bool,
         /// Host: [USER@]NAME[:PORT], an alias of the ssh configuration, or "local"
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<HostSpec>,
@@ -84,7 +87,7 @@ impl From<&Error> for Failure {
 /// An agent that answered.
 #[derive(Debug, Serialize)]
 struct Agent {
-    /// `copied`, `found` or `absent`.
+    /// `copied`, `found`, `absent`, or `forced`: authorized_keys names it.
     state: &'static str,
     path: Option<String>,
     release: Option<String>,
@@ -120,13 +123,14 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
             };
             report(app, "agent-status", hosts, status, agents_text).await
         }
-        Command::Remove { hosts } => {
+        Command::Remove { old, hosts } => {
+            let which = if old { Unwanted::Old } else { Unwanted::All };
             report(
                 app,
                 "agent-remove",
                 hosts,
-                |host| async move { host.remove_agents().await },
-                removed_text,
+                |host| async move { host.remove_agents(which).await },
+                |answers| removed_text(answers, which),
             )
             .await
         }
@@ -138,13 +142,17 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
 async fn about(agent: AgentConnection) -> Agent {
     let (welcome, versions) = (agent.welcome(), agent.versions());
     let matches = welcome.agent_digest == agent_binary::digest();
+    let path = agent.agent_path();
+    let forced = *path == AgentPath::Forced;
     let about = Agent {
-        state: if agent.was_copied() {
+        state: if forced {
+            "forced"
+        } else if agent.was_copied() {
             "copied"
         } else {
             "found"
         },
-        path: Some(agent.agent_path().display()),
+        path: (!forced).then(|| path.display()),
         release: Some(welcome.release.clone()),
         protocol_min: Some(versions.min),
         protocol_max: Some(versions.max),
@@ -257,12 +265,16 @@ fn agents_text(answers: &[Answer<Agent>]) -> String {
     output::table_text(&table)
 }
 
-fn removed_text(answers: &[Answer<Removed>]) -> String {
+fn removed_text(answers: &[Answer<Removed>], which: Unwanted) -> String {
+    let none = match which {
+        Unwanted::All => "there was none",
+        Unwanted::Old => "there was no old one",
+    };
     let mut text = String::new();
     for Answer { host, answer, .. } in answers {
         let Some(removed) = answer else { continue };
         if removed.removed.is_empty() && removed.kept.is_empty() {
-            text += &format!("{host}: there was none\n");
+            text += &format!("{host}: {none}\n");
         }
         for file in &removed.removed {
             text += &format!("{host}: removed {file}\n");

@@ -7,8 +7,8 @@
 //!
 //! | option | what |
 //! | --- | --- |
-//! | `--apply NAME` | what replaces the file: `new`, `inplace`, or a script: `careful`, `careless`, `script-inplace`, `script-staged` |
-//! | `--kind NAME` | the file system: `ext4`, `xfs`, `btrfs` |
+//! | `--apply NAME` | what replaces the file: `new`, `inplace`, or a script: `careful`, `careless`, `script-inplace`, `script-staged` (`new`) |
+//! | `--kind NAME` | the file system: `ext4`, `xfs`, `btrfs` (`ext4`) |
 //! | `--points N` | how many power cuts (2000); a run is recorded for every 100 of them |
 //! | `--seed N` | another campaign (1) |
 //! | `--again N` | after one in N cuts the run is done once more (10) |
@@ -26,14 +26,14 @@ use std::str::FromStr;
 use std::time::Instant;
 
 use kvm_clone_tests::mount::Kind;
-use kvm_clone_tests::recorded::{Campaign, Product, Script, Subject, Tally};
-use kvm_clone_tests::skip::{recording_obstacle, skip};
+use kvm_clone_tests::recorded::{Campaign, KEPT, Product, Script, Subject, Tally};
 use lexopt::prelude::*;
 
 /// A run has some hundred places for a cut; what survives makes more of each.
 const POINTS_OF_A_RUN: usize = 100;
 
 struct Args {
+    apply: String,
     subject: Box<dyn Subject>,
     kind: Kind,
     points: usize,
@@ -46,16 +46,14 @@ struct Args {
 
 fn main() -> Result<ExitCode, lexopt::Error> {
     let args = parse()?;
-    if let Some(reason) = recording_obstacle() {
-        skip(&reason);
+    let Some(campaign) = Campaign::new(&*args.subject, args.kind) else {
         return Ok(ExitCode::SUCCESS);
-    }
+    };
     let campaign = Campaign {
-        subject: &*args.subject,
-        kind: args.kind,
         seed: args.seed,
         again_every: args.again_every,
-        keep: args.replay.is_none().then_some(args.keep),
+        keep: Some(args.keep),
+        ..campaign
     };
     let since = Instant::now();
     let tally = match (&args.replay, args.cut) {
@@ -64,7 +62,7 @@ fn main() -> Result<ExitCode, lexopt::Error> {
         (None, _) => all(&campaign, args.points),
     };
     let minutes = since.elapsed().as_secs_f64() / 60.0;
-    println!("{:?} on {}: {tally}", args.subject, args.kind);
+    println!("{} on {}: {tally}", args.apply, args.kind);
     println!("  {minutes:.1} minutes");
     Ok(if tally.failures.is_empty() {
         ExitCode::SUCCESS
@@ -87,19 +85,23 @@ fn all(campaign: &Campaign<'_>, points: usize) -> Tally {
 
 fn parse() -> Result<Args, lexopt::Error> {
     let mut args = Args {
-        subject: Box::new(Script::CAREFUL),
+        apply: "new".to_owned(),
+        subject: Box::new(Product::New),
         kind: Kind::Ext4,
         points: 2000,
         seed: 1,
         again_every: 10,
-        keep: "/var/tmp/kvm-clone-crash".into(),
+        keep: KEPT.into(),
         replay: None,
         cut: None,
     };
     let mut parser = lexopt::Parser::from_env();
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("apply") => args.subject = parser.value()?.parse_with(subject)?,
+            Long("apply") => {
+                args.apply = parser.value()?.string()?;
+                args.subject = subject(&args.apply)?;
+            }
             Long("kind") => args.kind = parser.value()?.parse_with(kind)?,
             Long("points") => args.points = parser.value()?.parse()?,
             Long("seed") => args.seed = parser.value()?.parse()?,

@@ -23,6 +23,10 @@ use super::story::{Seen, Story};
 use super::subject::Subject;
 use crate::image::Random;
 use crate::mount::Kind;
+use crate::skip::{recording_obstacle, skip};
+
+/// Where runs with failures are kept, unless somewhere else is chosen.
+pub const KEPT: &str = "/var/tmp/kvm-clone-crash";
 
 /// How many recoveries of a round are recorded as well, and the share of the cuts for them.
 const RECOVERIES: usize = 2;
@@ -67,6 +71,8 @@ pub struct Tally {
     pub again: Counts,
     /// What must not be.
     pub failures: Vec<String>,
+    /// Where that is kept.
+    pub kept: Vec<PathBuf>,
 }
 
 /// A run, recorded.
@@ -82,7 +88,23 @@ struct Record {
     promised: usize,
 }
 
-impl Campaign<'_> {
+impl<'a> Campaign<'a> {
+    /// A campaign; `None`, and a line that says so, where none can be.
+    #[must_use]
+    pub fn new(subject: &'a dyn Subject, kind: Kind) -> Option<Self> {
+        if let Some(reason) = recording_obstacle() {
+            skip(&reason);
+            return None;
+        }
+        Some(Self {
+            subject,
+            kind,
+            seed: 1,
+            again_every: 10,
+            keep: Some(KEPT.into()),
+        })
+    }
+
     /// Records a run and cuts it so many times.
     ///
     /// # Panics
@@ -103,6 +125,12 @@ impl Campaign<'_> {
                 self.cut(&ground, &story, &record, each, &mut tally);
             }
             tally.in_recovery = tally.cuts - first;
+            // Where there was nothing to recover.
+            let record = Record {
+                cuts: Random::new(seed + 1),
+                ..record
+            };
+            self.cut(&ground, &story, &record, cuts - tally.cuts, &mut tally);
             tally
         })
     }
@@ -215,7 +243,9 @@ impl Campaign<'_> {
         }
         let failures = &tally.failures[failures..];
         if let Some(keep) = self.keep.as_ref().filter(|_| !failures.is_empty()) {
-            record.keep(&keep.join(&record.name), failures);
+            let directory = keep.join(&record.name);
+            record.keep(&directory, failures);
+            tally.kept.push(directory);
         }
         // From everywhere in the run, not only from its beginning.
         worth.sort_by_key(|cut| cut.seed);
@@ -277,11 +307,9 @@ impl Campaign<'_> {
         subject.recover(&ground.controller, &disk);
         let recovered = story.seen(&disk);
         tally.recovered.add(&recovered);
-        if !matches!(
-            (&found, &recovered),
-            (_, Seen::New) | (Seen::Old, Seen::Old)
-        ) {
-            wrong.push(format!("{found:?} became {recovered:?} by recovery"));
+        match (&found, &recovered) {
+            (_, Seen::New) | (Seen::Old, Seen::Old) | (Seen::Torn(_), Seen::Torn(_)) => {}
+            _ => wrong.push(format!("recovery made {recovered:?} of {found:?}")),
         }
         let mut left = mounted.beside();
         left.retain(|name| !subject.may_leave(name));
@@ -385,6 +413,7 @@ impl AddAssign for Tally {
         self.recovered += other.recovered;
         self.again += other.again;
         self.failures.extend(other.failures);
+        self.kept.extend(other.kept);
     }
 }
 
@@ -399,8 +428,12 @@ impl fmt::Display for Tally {
         writeln!(f, "  recovered  {}", self.recovered)?;
         writeln!(f, "  run again  {}", self.again)?;
         write!(f, "  failures   {}", self.failures.len())?;
-        self.failures
-            .iter()
-            .try_for_each(|failure| write!(f, "\n  {failure}"))
+        for failure in &self.failures {
+            write!(f, "\n    {failure}")?;
+        }
+        for directory in &self.kept {
+            write!(f, "\n  kept in {}", directory.display())?;
+        }
+        Ok(())
     }
 }

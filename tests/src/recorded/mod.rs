@@ -27,5 +27,5 @@ mod recorder;
 mod story;
 mod subject;
 
-pub use campaign::{Campaign, Counts, Tally};
+pub use campaign::{Campaign, Counts, KEPT, Tally};
 pub use subject::{Product, Script, Subject};

@@ -145,15 +145,16 @@ impl Script {
     /// Runs commands to their end.
     fn run(commands: &str, arguments: &[&Path], disk: &Path) {
         let directory = disk.parent().expect("a disk lies in a directory");
-        let status = Command::new("/bin/bash")
+        let output = Command::new("/bin/bash")
             .args(["-e", "-c", commands, "script"])
             .args(arguments)
             .env("dir", directory)
             .env("new", directory.join(".disk.kc-new"))
             .env("log", directory.join(".disk.kc-log"))
-            .status()
+            .output()
             .expect("there is a shell");
-        assert!(status.success(), "{commands} ended with {status}");
+        let (status, stderr) = (output.status, String::from_utf8_lossy(&output.stderr));
+        assert!(status.success(), "a script ended with {status}: {stderr}");
     }
 }
 

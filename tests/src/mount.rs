@@ -145,22 +145,16 @@ impl FileSystem {
         }
     }
 
-    /// Mounts the file system that an image holds, on a device with sectors of 4 KiB.
-    ///
-    /// The device is given up at once, so that it goes with the mount, however that ends.
+    /// Mounts the file system that an image holds, on a loop device that goes with the mount,
+    /// however that ends.
     ///
     /// # Panics
     /// When it does not mount.
     #[must_use]
-    pub fn of_image(image: &Path, losetup: &[&str], options: &str, directory: &Path) -> Self {
+    pub fn of_image(image: &Path, options: &str, directory: &Path) -> Self {
         std::fs::create_dir_all(directory).expect("the laboratory's directory is writable");
-        let fixed = ["--find", "--show", "--sector-size", "4096"].iter();
-        let args = fixed.chain(losetup).map(AsRef::as_ref);
-        let device = LoopDevice {
-            device: tool("losetup", args.chain([image.as_os_str()])).into(),
-            backing: image.to_owned(),
-        };
-        let args = ["-o".as_ref(), options.as_ref(), device.path(), directory];
+        let options = format!("loop,{options}");
+        let args = ["-o".as_ref(), options.as_ref(), image, directory];
         tool("mount", args);
         Self {
             directory: directory.to_owned(),

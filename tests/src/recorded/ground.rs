@@ -69,7 +69,7 @@ impl Ground {
     /// Mounts the image.
     pub(super) fn mount(&self) -> Mounted {
         let (image, at) = (self.image(), self.mount_point());
-        Mounted(FileSystem::of_image(&image, &[], "defaults", &at))
+        Mounted(FileSystem::of_image(&image, "rw", &at))
     }
 
     /// Has the product keep what it remembers on the mounted image.

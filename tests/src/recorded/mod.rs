@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   file system               what is tried runs on it
-//!     loop device             sectors of 4 KiB, direct I/O: no cache of its own
-//!       file                  of a FUSE file system that this process serves
+//!     loop device
+//!       file                  of a FUSE file system that this process serves: nothing is cached
 //!         image ──► log       each write, discard and flush, in order
 //!
 //!   image of before + log ──► Platter ──► image of after the cut ──► mount, look, recover, look
@@ -13,7 +13,7 @@
 //! is there; of what was written since, any sectors are, in any order. `Platter` is that model,
 //! a [`Campaign`] tries it at many cuts, and a [`Subject`] is what has to stand it.
 //!
-//! Sectors of 4 KiB are not torn, as the device says; what is longer is.
+//! Sectors of 4 KiB are not torn; what is longer is.
 //! The kernel's file system recovers by its journal, so one that does not mount is a fault in here.
 
 mod campaign;

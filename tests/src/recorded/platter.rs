@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::log::{Entry, Log};
 use crate::image::{self, Random};
 
-/// What the loop devices of a campaign say that they write at once.
+/// The least that the file systems of a campaign write, and what a disk writes at once.
 const SECTOR: u64 = ZEROS.len() as u64;
 const ZEROS: [u8; 4 << 10] = [0; 4 << 10];
 
@@ -177,7 +177,9 @@ impl Platter {
     pub(super) fn materialise(&self, cut: Cut, path: &Path) {
         assert_eq!(self.at, cut.at, "the platter was brought to this moment");
         let survivors = self.survivors(cut);
-        let file = File::create(path).expect("the laboratory's directory is writable");
+        // Another file: a loop device for the one before may still hold what it has read.
+        let _ = std::fs::remove_file(path);
+        let file = File::create_new(path).expect("the laboratory's directory is writable");
         file.set_len(self.size)
             .expect("a sparse file takes no room");
         let kept = self.durable.iter();
@@ -194,7 +196,7 @@ impl Platter {
 /// The sectors that begin in a range, with what each gets from the place in the range.
 ///
 /// # Panics
-/// When the range does not consist of whole sectors: the device has no smaller ones.
+/// When the range does not consist of whole sectors.
 fn sectors(offset: u64, len: u64, contents: impl Fn(usize) -> Contents) -> Volatile {
     assert_eq!((offset % SECTOR, len % SECTOR), (0, 0), "{offset} + {len}");
     let place = |sector| usize::try_from(sector * SECTOR - offset).expect("a place in a buffer");

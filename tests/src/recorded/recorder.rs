@@ -29,7 +29,7 @@ const SIZE: u64 = 320 * image::MIB;
 pub(super) fn format(kind: Kind, image: &Path) {
     let file = File::create(image).expect("the laboratory's directory is writable");
     file.set_len(SIZE).expect("a sparse file takes no room");
-    // Blocks of a sector at the least. Nothing is left for the first mount to do later.
+    // Nothing that is written is smaller than 4 KiB. Nothing is left for the first mount to do later.
     let (mkfs, args): (_, &[_]) = match kind {
         Kind::Ext4 => {
             let now = "lazy_itable_init=0,lazy_journal_init=0";
@@ -78,9 +78,7 @@ impl Recorder {
         };
         let path = image.with_extension("disk");
         let export = Export::start(disk, &path);
-        // Past the cache of the file, so that each write is recorded when the loop device ends it.
-        let losetup = ["--direct-io=on"];
-        let file_system = FileSystem::of_image(&path, &losetup, options(kind), directory);
+        let file_system = FileSystem::of_image(&path, options(kind), directory);
         Self {
             file_system,
             export,

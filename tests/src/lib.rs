@@ -9,6 +9,7 @@
 //! ```
 //!
 //! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own.
+//! For power cuts there is [`recorded`]: a disk that remembers its writes.
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
 //! and JSON. What fails in here, and not in the product, panics and names the thing, since a
@@ -25,4 +26,5 @@ pub mod lab;
 pub mod mount;
 pub mod outcome;
 pub mod process;
+pub mod recorded;
 pub mod skip;

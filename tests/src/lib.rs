@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   Lab ─┬─ Controller   kvm-clone-ctl with a home and an ssh configuration of its own
-//!        ├─ Host hvA     sshd in a mount namespace: own /root, /tmp, /var/tmp, /dev/shm, /run
+//!        ├─ Host hvA     sshd in a mount namespace: own /root, /var/lib/kvm-clone, /tmp, …
 //!        ├─ Host hvB     the same
 //!        └─ directory    disks and mount points; the same path here and on both hosts
 //! ```

@@ -9,6 +9,7 @@
 //! ```
 //!
 //! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own.
+//! [`campaign`] kills processes of a run, over and over.
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
 //! and JSON. What fails in here, and not in the product, panics and names the thing, since a
@@ -16,6 +17,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod campaign;
 pub mod controller;
 pub mod host;
 pub mod hypervisor;

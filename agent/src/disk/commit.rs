@@ -12,7 +12,7 @@ use kvm_clone_protocol::digest::{Digest, Digester};
 use kvm_clone_protocol::message::{Access, Apply, FailureCode, Fate};
 use kvm_clone_protocol::units::Geometry;
 
-use super::destination::{Destination, Work, open_own, own};
+use super::destination::{Destination, Work};
 use super::image::Image;
 use super::journal::{Header, Journal, State, Sum, Way};
 use super::names::{Names, remove, rename_new, rename_over};
@@ -237,7 +237,10 @@ impl Destination {
                 self.clear_away(base, Some(journal))?;
                 self.end_journal(journal, header.torn || in_place)?;
             }
-            _ => self.remove_own(&self.names.new_file())?,
+            _ => {
+                self.remove_own(&self.names.new_file())?;
+                self.remove_own(&self.names.new_journal())?;
+            }
         }
         self.sync_names()
     }
@@ -269,7 +272,12 @@ impl Destination {
             self.remove_own(&header.stage)?;
         }
         let names = &self.names;
-        for path in [names.new_file(), names.clone_file(), names.stage()] {
+        for path in [
+            names.new_file(),
+            names.clone_file(),
+            names.stage(),
+            names.new_journal(),
+        ] {
             self.remove_own(&path)?;
         }
         Ok(())
@@ -290,7 +298,7 @@ impl Destination {
     }
 
     pub(super) fn remove_own(&self, path: &Path) -> Result<(), Failure> {
-        if path.as_os_str().is_empty() || own(path)?.is_none() {
+        if path.as_os_str().is_empty() || self.own(path)?.is_none() {
             return Ok(());
         }
         remove(path)
@@ -340,7 +348,9 @@ impl Destination {
         match journal {
             Some(journal) => destination.reopen_base(Arc::new(journal))?,
             None => {
-                let Some(file) = open_own(&names.new_file())? else {
+                let Some(file) = destination.open_own(&names.new_file())? else {
+                    // It broke off before it had made anything that counts.
+                    destination.remove_own(&names.new_journal())?;
                     return Ok(None);
                 };
                 let image = destination.image(file, false);
@@ -368,7 +378,7 @@ impl Destination {
         self.base = Some(Arc::clone(&base));
         let (apply, disk) = match header.way {
             Way::Inplace => (Apply::Inplace, Disk::of(base)),
-            Way::Reflink => match open_own(&self.names.clone_file())? {
+            Way::Reflink => match self.open_own(&self.names.clone_file())? {
                 Some(clone) => {
                     let image = self.image(clone, false);
                     image.lock()?;
@@ -377,7 +387,7 @@ impl Destination {
                 // It has its name already.
                 None => (Apply::Inplace, Disk::of(base)),
             },
-            Way::Staged => match open_own(&header.stage)? {
+            Way::Staged => match self.open_own(&header.stage)? {
                 Some(stage) => {
                     let overlay =
                         Overlay::new(self.image(stage, false), Arc::clone(&journal), true);

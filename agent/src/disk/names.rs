@@ -5,7 +5,7 @@
 //!  .NAME.kc-clone      the new version, sharing blocks with the old one     (reflink)
 //!  .NAME.kc-stage      changed blocks, each at its own place                (staged)
 //!  .NAME.kc-applying   the destination itself, while they are applied       (staged)
-//!  .NAME.kc-journal    what the run is doing: journal.rs
+//!  .NAME.kc-journal    what the run is doing: journal.rs (and .new, while it is being made)
 //! ```
 //!
 //! Of a block device, whose directory is no place for files, stage and journal lie in the agent's
@@ -125,6 +125,11 @@ impl Names {
 
     pub(super) fn journal(&self) -> PathBuf {
         self.beside(".kc-journal")
+    }
+
+    /// A journal that is being made, and takes the place of another.
+    pub(super) fn new_journal(&self) -> PathBuf {
+        self.beside(".kc-journal.new")
     }
 
     /// `.NAME.SUFFIX`, or a digest of the name where that would be too long.

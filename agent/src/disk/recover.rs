@@ -115,6 +115,9 @@ pub(super) fn take_over(names: &Names) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure`] when the notes of runs cannot be read at all.
 pub(crate) fn recover(recovery: Recovery) -> Result<Vec<Recovered>, Failure> {
+    if recovery != Recovery::List {
+        Run::sweep()?;
+    }
     let mut all = Vec::new();
     for found in Run::all()? {
         match found {

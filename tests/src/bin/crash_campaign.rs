@@ -7,7 +7,7 @@
 //!
 //! | option | what |
 //! | --- | --- |
-//! | `--apply NAME` | what replaces the file: `new`, `inplace`, or a script: `careful`, `careless`, `script-inplace`, `script-staged` (`new`) |
+//! | `--apply NAME` | what replaces the file: `new`, `staged`, `reflink`, `inplace`, or a script: `careful`, `careless`, `script-inplace`, `script-staged` (`new`) |
 //! | `--kind NAME` | the file system: `ext4`, `xfs`, `btrfs` (`ext4`) |
 //! | `--points N` | how many power cuts (2000); a run is recorded for every 100 of them |
 //! | `--seed N` | another campaign (1) |

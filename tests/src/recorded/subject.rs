@@ -44,6 +44,22 @@ pub enum Product {
     New,
     /// Onto a file, in place.
     InPlace,
+    /// Onto a file, beside which the changes wait.
+    Staged,
+    /// Onto a file, in whose place comes a copy that shares its blocks.
+    Reflink,
+}
+
+impl Product {
+    /// As `--apply` takes it; what is new has no choice.
+    fn apply(self) -> &'static str {
+        match self {
+            Self::New => "auto",
+            Self::InPlace => "inplace",
+            Self::Staged => "staged",
+            Self::Reflink => "reflink",
+        }
+    }
 }
 
 impl FromStr for Product {
@@ -53,26 +69,37 @@ impl FromStr for Product {
         match name {
             "new" => Ok(Self::New),
             "inplace" => Ok(Self::InPlace),
-            _ => Err(format!("{name:?} is neither new nor inplace")),
+            "staged" => Ok(Self::Staged),
+            "reflink" => Ok(Self::Reflink),
+            _ => Err(format!("{name:?} is not new, inplace, staged or reflink")),
         }
     }
 }
 
 impl Subject for Product {
     fn replace(&self, controller: &Controller, source: &Path, disk: &Path) {
-        let args = ["disk".as_ref(), "sync".as_ref(), source, disk];
-        ended(controller.run(args)).expect_code(0);
+        let how = ["disk", "sync", "--apply", self.apply()].map(Path::new);
+        ended(controller.run([&how[..], &[source, disk]].concat())).expect_code(0);
     }
 
-    /// Neither needs to be recovered: the one is whole, and the other is mended by the next run.
-    fn recover(&self, _: &Controller, _: &Path) {}
+    /// What was written in place can only be mended by the next run, and recovery says so.
+    fn recover(&self, controller: &Controller, _: &Path) {
+        let run = ended(controller.run(["recover", "local"]));
+        if *self != Self::InPlace {
+            run.expect_code(0);
+        }
+    }
+
+    fn may_hide(&self) -> bool {
+        *self == Self::Staged
+    }
 
     fn overwrites(&self) -> bool {
         *self != Self::New
     }
 
     fn may_leave(&self, name: &str) -> bool {
-        *self == Self::New && name == ".disk.kc-new"
+        *self == Self::InPlace && name == ".disk.kc-journal"
     }
 }
 

@@ -181,9 +181,8 @@ impl Destination {
     fn begin_new(&self, geometry: Geometry) -> Result<Work, Failure> {
         // What was beside a destination that somebody has removed.
         let names = &self.names;
-        for path in [names.clone_file(), names.stage(), names.journal()] {
-            self.remove_own(&path)?;
-        }
+        self.remove_beginnings()?;
+        self.remove_own(&names.journal())?;
         let path = names.new_file();
         let left = own(&path)?.is_some();
         let file = if left {
@@ -215,7 +214,7 @@ impl Destination {
             torn: before.torn,
             ..self.header(base, Way::Inplace, PathBuf::new())?
         };
-        let journal = match Journal::create(&self.names.journal(), header) {
+        let journal = match Journal::create(&self.names, header) {
             Ok(journal) => Some(Arc::new(journal)),
             // Who may write the disk need not be able to make anything beside it.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -261,7 +260,7 @@ impl Destination {
                 };
                 let file = self.make_clone(base)?;
                 // It gets its name only when the journal says whose it is.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 file.link(&path)
                     .map_err(|error| self.create_failed(&path, &error))?;
@@ -335,7 +334,7 @@ impl Destination {
                     ..self.header(base, Way::Staged, path.clone())?
                 };
                 // The journal names the stage, so that it comes first.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 let file = DiskFile::create(&path);
                 (

@@ -237,10 +237,7 @@ impl Destination {
                 self.clear_away(base, Some(journal))?;
                 self.end_journal(journal, header.torn || in_place)?;
             }
-            _ => {
-                self.remove_own(&self.names.new_file())?;
-                self.remove_own(&self.names.new_journal())?;
-            }
+            _ => self.remove_own(&self.names.new_file())?,
         }
         self.sync_names()
     }
@@ -271,16 +268,31 @@ impl Destination {
             }
             self.remove_own(&header.stage)?;
         }
+        self.remove_own(&self.names.new_file())?;
+        self.remove_beginnings()
+    }
+
+    /// Removes what is nothing without a journal.
+    pub(super) fn remove_beginnings(&self) -> Result<(), Failure> {
         let names = &self.names;
-        for path in [
-            names.new_file(),
-            names.clone_file(),
-            names.stage(),
-            names.new_journal(),
-        ] {
+        for path in [names.clone_file(), names.stage(), names.new_journal()] {
             self.remove_own(&path)?;
         }
         Ok(())
+    }
+
+    /// Removes what a process that is gone had begun to make when it had no journal yet.
+    ///
+    /// # Errors
+    /// [`Failure`], with code busy when another process is at it.
+    pub(super) fn clear_beginnings(names: &Names) -> Result<(), Failure> {
+        // It is held meanwhile, so that what is removed is not what another run has just begun.
+        let destination = match Self::open(&names.path) {
+            Err(failure) if failure.code == FailureCode::NotFound => return Ok(()),
+            result => result?,
+        };
+        destination.remove_beginnings()?;
+        destination.sync_names()
     }
 
     /// The journal goes, or says from now on only that the destination is torn.
@@ -349,8 +361,6 @@ impl Destination {
             Some(journal) => destination.reopen_base(Arc::new(journal))?,
             None => {
                 let Some(file) = destination.open_own(&names.new_file())? else {
-                    // It broke off before it had made anything that counts.
-                    destination.remove_own(&names.new_journal())?;
                     return Ok(None);
                 };
                 let image = destination.image(file, false);

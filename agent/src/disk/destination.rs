@@ -181,9 +181,8 @@ impl Destination {
     fn begin_new(&self, geometry: Geometry) -> Result<Work, Failure> {
         // What was beside a destination that somebody has removed.
         let names = &self.names;
-        for path in [names.clone_file(), names.stage(), names.journal()] {
-            self.remove_own(&path)?;
-        }
+        self.remove_beginnings()?;
+        self.remove_own(&names.journal())?;
         let path = names.new_file();
         let left = self.own(&path)?.is_some();
         let file = if left {

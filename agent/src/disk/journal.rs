@@ -142,14 +142,14 @@ impl Journal {
     /// A new one, in place of what has its name: there is a whole one at every instant, so that
     /// what an earlier one said of a torn destination is never lost.
     pub(super) fn create(names: &Names, header: Header) -> io::Result<Self> {
-        let (temporary, path) = (&names.new_journal(), &names.journal());
-        remove(temporary)?;
-        let file = DiskFile::create(temporary)?;
+        let (path, temporary) = (names.journal(), names.new_journal());
+        remove(&temporary)?;
+        let file = DiskFile::create(&temporary)?;
         let slots = Slots::create(&file, FORMAT, &header)?;
-        rename_over(temporary, path)?;
+        rename_over(&temporary, &path)?;
         names.sync()?;
         Ok(Self {
-            path: path.to_owned(),
+            path,
             file,
             head: Mutex::new((slots, header)),
         })

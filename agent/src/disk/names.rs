@@ -5,7 +5,7 @@
 //!  .NAME.kc-clone      the new version, sharing blocks with the old one     (reflink)
 //!  .NAME.kc-stage      changed blocks, each at its own place                (staged)
 //!  .NAME.kc-applying   the destination itself, while they are applied       (staged)
-//!  .NAME.kc-journal    what the run is doing: journal.rs (and .new, while it is being made)
+//!  .NAME.kc-journal    what the run is doing: journal.rs; with .new, while it is being made
 //! ```
 //!
 //! Of a block device, whose directory is no place for files, stage and journal lie in the agent's
@@ -127,7 +127,7 @@ impl Names {
         self.beside(".kc-journal")
     }
 
-    /// A journal that is being made, and takes the place of another.
+    /// A journal that is being made.
     pub(super) fn new_journal(&self) -> PathBuf {
         self.beside(".kc-journal.new")
     }
@@ -231,7 +231,12 @@ mod tests {
             Path::new("/d/.web.qcow2.kc-new")
         );
         let [one, other] = ["a", "b"].map(|end| names(&("x".repeat(254) + end)));
-        assert!(one.applying().file_name().unwrap().len() <= NAME_MAX);
+        for len in 200..NAME_MAX {
+            let long = names(&"x".repeat(len));
+            for path in [long.applying(), long.journal(), long.new_journal()] {
+                assert!(path.file_name().unwrap().len() <= NAME_MAX);
+            }
+        }
         assert_ne!(one.applying(), other.applying());
         assert!(Names::of_file(Path::new("/")).is_none());
     }

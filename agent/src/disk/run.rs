@@ -71,14 +71,23 @@ impl Run {
         let path = directory.join(format!("{:016x}", u64::from_le_bytes(random)));
         let (new, path) = (path.with_extension(NEW), path.with_extension(SUFFIX));
         let failed = |error: io::Error| Failure::io("noting the run in", &path, &error);
-        // Whoever finds it under its own name finds it whole, and locked.
-        let file = DiskFile::create(&new).map_err(failed)?;
+        // Whoever finds it under its own name finds it whole, and locked. Not every file system
+        // has files without a name.
+        let nameless = DiskFile::create_nameless(&directory);
+        let is_nameless = nameless.is_ok();
+        let file = nameless
+            .or_else(|_| DiskFile::create(&new))
+            .map_err(failed)?;
         file.as_file()
             .try_lock()
             .map_err(|error| failed(error.into()))?;
         let note = Note::default();
         let slots = Slots::create(&file, FORMAT, &note).map_err(failed)?;
-        rename_over(&new, &path).map_err(failed)?;
+        if is_nameless {
+            file.link(&path).map_err(failed)?;
+        } else {
+            rename_over(&new, &path).map_err(failed)?;
+        }
         sync_directory(&directory).map_err(failed)?;
         Ok(Self {
             path,

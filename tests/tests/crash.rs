@@ -123,6 +123,26 @@ fn a_disk_that_is_new_on_xfs_is_whole_or_not_there() {
 }
 
 #[test]
+fn a_disk_whose_changes_wait_on_ext4_is_never_torn() {
+    stands(&Product::Staged, Kind::Ext4);
+}
+
+#[test]
+fn a_disk_whose_changes_wait_on_xfs_is_never_torn() {
+    stands(&Product::Staged, Kind::Xfs);
+}
+
+#[test]
+fn a_disk_that_a_copy_replaces_on_xfs_is_never_torn() {
+    stands(&Product::Reflink, Kind::Xfs);
+}
+
+#[test]
+fn a_disk_that_a_copy_replaces_on_btrfs_is_never_torn() {
+    stands(&Product::Reflink, Kind::Btrfs);
+}
+
+#[test]
 fn a_disk_that_was_torn_in_place_is_mended_by_the_next_run() {
     let campaign = doubted(&Product::InPlace, Kind::Ext4);
     let campaign = campaign.map(|campaign| Campaign {

@@ -148,23 +148,8 @@ fn a_reflinked_disk_on_xfs_is_never_torn() {
 }
 
 #[test]
-fn a_disk_whose_changes_wait_on_ext4_is_never_torn() {
-    stands(&Product::Staged, Kind::Ext4);
-}
-
-#[test]
-fn a_disk_whose_changes_wait_on_xfs_is_never_torn() {
-    stands(&Product::Staged, Kind::Xfs);
-}
-
-#[test]
-fn a_disk_that_a_copy_replaces_on_xfs_is_never_torn() {
-    stands(&Product::Reflink, Kind::Xfs);
-}
-
-#[test]
-fn a_disk_that_a_copy_replaces_on_btrfs_is_never_torn() {
-    stands(&Product::Reflink, Kind::Btrfs);
+fn a_reflinked_disk_on_btrfs_is_never_torn() {
+    is_never_torn(&Product::Reflink, Kind::Btrfs);
 }
 
 #[test]

@@ -25,7 +25,7 @@ use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 
 use super::file::DiskFile;
-use super::names::{remove, rename_over, sync_directory};
+use super::names::{Names, remove, rename_over, sync_directory};
 use super::slots::{Format, Slots, Unreadable, checksum};
 use crate::failure::Failure;
 
@@ -142,13 +142,11 @@ impl Journal {
     /// A new one, in place of what has its name: there is a whole one at every instant, so that
     /// what an earlier one said of a torn destination is never lost.
     pub(super) fn create(path: &Path, header: Header) -> io::Result<Self> {
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".new");
-        let temporary = Path::new(&temporary);
-        remove(temporary)?;
-        let file = DiskFile::create(temporary)?;
+        let temporary = Self::temporary(path);
+        remove(&temporary)?;
+        let file = DiskFile::create(&temporary)?;
         let slots = Slots::create(&file, FORMAT, &header)?;
-        rename_over(temporary, path)?;
+        rename_over(&temporary, path)?;
         if let Some(directory) = path.parent() {
             sync_directory(directory)?;
         }
@@ -157,6 +155,13 @@ impl Journal {
             file,
             head: Mutex::new((slots, header)),
         })
+    }
+
+    /// The name that a journal has until it is whole.
+    pub(super) fn temporary(path: &Path) -> PathBuf {
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(".new");
+        temporary.into()
     }
 
     /// The journal at `path`; `None` where there is none.
@@ -177,6 +182,13 @@ impl Journal {
     /// What the header says.
     pub(super) fn header(&self) -> Header {
         self.head().1.clone()
+    }
+
+    /// Whether the changes that it speaks of wait where those for this destination do. Whoever may
+    /// write beside a destination may write this file too, and name any other.
+    pub(super) fn stages_for(&self, names: &Names) -> bool {
+        let stage = self.header().stage;
+        stage.as_os_str().is_empty() || names.may_stage_at(&stage)
     }
 
     /// Changes the header, durably.

@@ -12,7 +12,8 @@
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
 //! and JSON. What fails in here, and not in the product, panics and names the thing, since a
-//! broken laboratory is a failed test.
+//! broken laboratory is a failed test. [`wire`] alone speaks the protocol, to play those who break its
+//! rules.
 
 #![forbid(unsafe_code)]
 
@@ -26,3 +27,4 @@ pub mod mount;
 pub mod outcome;
 pub mod process;
 pub mod skip;
+pub mod wire;

@@ -29,7 +29,7 @@ use super::journal::{Base, Header, Journal, State, Sum, Way};
 use super::names::{Names, remove};
 use super::overlay::{Overlay, check_reservable};
 use super::run::Run;
-use super::{Disk, attributes, describe, metadata, open_image, recover};
+use super::{Disk, attributes, describe, found, metadata, open_image, recover};
 use crate::failure::Failure;
 
 /// A destination that this process holds.
@@ -114,7 +114,7 @@ impl Destination {
         if let Some(base) = &self.base {
             return describe(base, disk);
         }
-        let left = own(&self.names.new_file())?;
+        let left = self.own(&self.names.new_file())?;
         Ok(Opened {
             disk,
             kind: DiskKind::Missing,
@@ -182,11 +182,10 @@ impl Destination {
     fn begin_new(&self, geometry: Geometry) -> Result<Work, Failure> {
         // What was beside a destination that somebody has removed.
         let names = &self.names;
-        for path in [names.clone_file(), names.stage(), names.journal()] {
-            self.remove_own(&path)?;
-        }
+        self.remove_beginnings()?;
+        self.remove_own(&names.journal())?;
         let path = names.new_file();
-        let left = own(&path)?.is_some();
+        let left = self.own(&path)?.is_some();
         let file = if left {
             DiskFile::open(&path)
         } else {
@@ -216,7 +215,7 @@ impl Destination {
             torn: before.torn,
             ..self.header(base, Way::Inplace, PathBuf::new())?
         };
-        let journal = match Journal::create(&self.names.journal(), header) {
+        let journal = match Journal::create(&self.names, header) {
             Ok(journal) => Some(Arc::new(journal)),
             // Who may write the disk need not be able to make anything beside it.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -248,7 +247,7 @@ impl Destination {
         }
         let path = self.names.clone_file();
         let left = match before.take(Way::Reflink) {
-            Some(journal) => open_own(&path)?.map(|file| (file, journal)),
+            Some(journal) => self.open_own(&path)?.map(|file| (file, journal)),
             None => None,
         };
         let resumed = left.is_some();
@@ -262,7 +261,7 @@ impl Destination {
                 };
                 let file = self.make_clone(base)?;
                 // It gets its name only when the journal says whose it is.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 file.link(&path)
                     .map_err(|error| self.create_failed(&path, &error))?;
@@ -318,7 +317,9 @@ impl Destination {
     ) -> Result<Work, Failure> {
         check_reservable(base)?;
         let left = match before.take(Way::Staged) {
-            Some(journal) => open_own(&journal.header().stage)?.map(|file| (file, journal)),
+            Some(journal) => self
+                .open_own(&journal.header().stage)?
+                .map(|file| (file, journal)),
             None => None,
         };
         let resumed = left.is_some();
@@ -336,7 +337,7 @@ impl Destination {
                     ..self.header(base, Way::Staged, path.clone())?
                 };
                 // The journal names the stage, so that it comes first.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 let file = DiskFile::create(&path);
                 (
@@ -446,6 +447,44 @@ impl Destination {
         }
     }
 
+    /// What lies under a name of ours, if it is what an earlier run has left.
+    ///
+    /// # Errors
+    /// [`Failure`] when it is something else.
+    pub(super) fn own(&self, path: &Path) -> Result<Option<Metadata>, Failure> {
+        let looked = reach(path).and_then(|at| at.symlink_metadata());
+        let found = found(looked, "examining", path)?;
+        found.map(|found| self.check_own(path, found)).transpose()
+    }
+
+    /// The same, opened.
+    pub(super) fn open_own(&self, path: &Path) -> Result<Option<DiskFile>, Failure> {
+        if self.own(path)?.is_none() {
+            return Ok(None);
+        }
+        let file = DiskFile::open(path).map_err(|error| Failure::io("opening", path, &error))?;
+        let opened = file
+            .metadata()
+            .map_err(|error| Failure::io("examining", path, &error))?;
+        self.check_own(path, opened)?;
+        Ok(Some(file))
+    }
+
+    /// A file of ours has one name, and belongs to us, or already to the old version's owner, who
+    /// may change that as well. Anybody else could still hold what we would take for the disk.
+    fn check_own(&self, path: &Path, found: Metadata) -> Result<Metadata, Failure> {
+        let mut owners = vec![geteuid().as_raw()];
+        if let Some(base) = &self.base {
+            owners.push(base.metadata()?.uid());
+        }
+        if found.is_file() && found.nlink() == 1 && owners.contains(&found.uid()) {
+            return Ok(found);
+        }
+        let path = path.display();
+        let message = format!("{path} is in the way, and not what an earlier run left");
+        Err(Failure::new(FailureCode::Refused, message))
+    }
+
     pub(super) fn journal_failed(&self, error: &io::Error) -> Failure {
         Failure::io("writing", &self.names.journal(), error)
     }
@@ -508,32 +547,4 @@ fn missing(path: &Path) -> Result<Names, Failure> {
         .canonical()
         .map_err(|error| Failure::io("following", directory, &error))?;
     Ok(Names::of_file(&directory.join(name)).expect("a directory and a name"))
-}
-
-/// What lies under a name of ours, if it is what an earlier run of this user has left.
-///
-/// # Errors
-/// [`Failure`] when it is something else.
-pub(super) fn own(path: &Path) -> Result<Option<Metadata>, Failure> {
-    match reach(path).and_then(|at| at.symlink_metadata()) {
-        Ok(found) if found.is_file() && found.nlink() == 1 && found.uid() == geteuid().as_raw() => {
-            Ok(Some(found))
-        }
-        Ok(_) => {
-            let path = path.display();
-            let message = format!("{path} is in the way, and not what an earlier run left");
-            Err(Failure::new(FailureCode::Refused, message))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Failure::io("examining", path, &error)),
-    }
-}
-
-/// The same, opened.
-pub(super) fn open_own(path: &Path) -> Result<Option<DiskFile>, Failure> {
-    if own(path)?.is_none() {
-        return Ok(None);
-    }
-    let file = DiskFile::open(path).map_err(|error| Failure::io("opening", path, &error))?;
-    Ok(Some(file))
 }

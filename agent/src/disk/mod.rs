@@ -25,6 +25,7 @@ mod overlay;
 mod read;
 mod recover;
 mod reread;
+mod root;
 mod run;
 mod slots;
 mod state;

@@ -5,7 +5,7 @@
 //!  .NAME.kc-clone      the new version, sharing blocks with the old one     (reflink)
 //!  .NAME.kc-stage      changed blocks, each at its own place                (staged)
 //!  .NAME.kc-applying   the destination itself, while they are applied       (staged)
-//!  .NAME.kc-journal    what the run is doing: journal.rs
+//!  .NAME.kc-journal    what the run is doing: journal.rs; with .new, while it is being made
 //! ```
 //!
 //! Of a block device, whose directory is no place for files, stage and journal lie in the agent's
@@ -25,7 +25,6 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use super::confinement::{self, reach};
-use super::journal::Journal;
 use super::state;
 use crate::failure::Failure;
 
@@ -130,16 +129,20 @@ impl Names {
         self.beside(".kc-journal")
     }
 
+    /// A journal that is being made.
+    pub(super) fn new_journal(&self) -> PathBuf {
+        self.beside(".kc-journal.new")
+    }
+
     /// Whether something of this name, in their directory, is one of them.
     pub(super) fn owns(&self, name: &OsStr) -> bool {
-        let journal = self.journal();
         let all = [
             self.new_file(),
             self.clone_file(),
             self.stage(),
             self.applying(),
-            Journal::temporary(&journal),
-            journal,
+            self.journal(),
+            self.new_journal(),
         ];
         all.iter().any(|path| path.file_name() == Some(name))
     }
@@ -252,7 +255,12 @@ mod tests {
             Path::new("/d/.web.qcow2.kc-new")
         );
         let [one, other] = ["a", "b"].map(|end| names(&("x".repeat(254) + end)));
-        assert!(one.applying().file_name().unwrap().len() <= NAME_MAX);
+        for len in 200..NAME_MAX {
+            let long = names(&"x".repeat(len));
+            for path in [long.applying(), long.journal(), long.new_journal()] {
+                assert!(path.file_name().unwrap().len() <= NAME_MAX);
+            }
+        }
         assert_ne!(one.applying(), other.applying());
         assert!(Names::of_file(Path::new("/")).is_none());
     }

@@ -401,6 +401,40 @@ fn a_new_destination_that_breaks_off_is_taken_up_or_removed() {
 }
 
 #[test]
+fn what_a_run_had_only_begun_to_make_is_removed_unless_another_run_is_at_it() {
+    for path in ["disk", "fresh"] {
+        let ground = Ground::new();
+        let mut destination = Some(Destination::open(&ground.path(path)).unwrap());
+        let mut run = Run::begin().unwrap();
+        run.add(&destination.as_ref().unwrap().names).unwrap();
+        drop(run);
+        let left = [".kc-clone", ".kc-journal.new", ".kc-stage"].map(|end| format!(".{path}{end}"));
+        for name in &left {
+            fs::write(ground.path(name), "").unwrap();
+        }
+        if path == "disk" {
+            // What is there is held by another run.
+            assert_eq!(fates(Recovery::RollBack), [Fate::Running]);
+            assert_eq!(ground.names().len(), 1 + left.len());
+        }
+        destination.take();
+        assert_eq!(fates(Recovery::List), []);
+        assert_eq!(ground.names().len(), 1 + left.len());
+        assert_eq!(fates(Recovery::RollBack), []);
+        assert_eq!(ground.names(), ["disk"]);
+    }
+}
+
+#[test]
+fn a_journal_that_was_being_made_goes_with_the_one_before() {
+    let ground = Ground::new();
+    Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+    fs::write(ground.path(".disk.kc-journal.new"), "").unwrap();
+    assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
+    assert_eq!(ground.names(), ["disk"]);
+}
+
+#[test]
 fn a_name_that_was_taken_meanwhile_is_left_alone() {
     let ground = Ground::new();
     let path = ground.path("fresh");

@@ -5,19 +5,20 @@
 //! The price is that each step looks whether it was done already.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_clone_protocol::digest::{Digest, Digester};
 use kvm_clone_protocol::message::{Access, Apply, FailureCode, Fate};
 use kvm_clone_protocol::units::Geometry;
 
+use super::confinement::reach;
 use super::destination::{Destination, Work};
 use super::image::Image;
 use super::journal::{Header, Journal, State, Sum, Way};
 use super::names::{Names, remove, rename_new, rename_over};
 use super::overlay::{Overlay, unreserve};
-use super::{Disk, attributes, open_image};
+use super::{Disk, attributes, metadata, open_image};
 use crate::failure::Failure;
 
 impl Destination {
@@ -304,6 +305,7 @@ impl Destination {
         let marked = journal.update(|header| {
             header.way = Way::Inplace;
             header.state = State::Open;
+            header.stage = PathBuf::new();
             header.torn = true;
         });
         marked.map_err(|error| self.journal_failed(&error))
@@ -358,6 +360,10 @@ impl Destination {
             work: None,
         };
         match journal {
+            Some(journal) if !journal.stages_for(names) => {
+                let message = format!("{} is not what a run left", path.display());
+                return Err(Failure::new(FailureCode::Io, message));
+            }
             Some(journal) => destination.reopen_base(Arc::new(journal))?,
             None => {
                 let Some(file) = destination.open_own(&names.new_file())? else {
@@ -383,7 +389,7 @@ impl Destination {
             true => &applying,
             false => &self.names.path,
         };
-        let metadata = std::fs::metadata(at).map_err(|error| Failure::io("opening", at, &error))?;
+        let metadata = metadata(at).map_err(|error| Failure::io("opening", at, &error))?;
         let base = Arc::new(open_image(at, &metadata, Access::Destination)?);
         self.base = Some(Arc::clone(&base));
         let (apply, disk) = match header.way {
@@ -419,7 +425,8 @@ impl Destination {
 
 /// Whether there is a file of this name.
 pub(super) fn own_name(path: &Path) -> bool {
-    path.symlink_metadata().is_ok_and(|found| found.is_file())
+    let found = reach(path).and_then(|at| at.symlink_metadata());
+    found.is_ok_and(|found| found.is_file())
 }
 
 /// Refuses a disk that an unfinished run has left as a mixture.
@@ -427,7 +434,7 @@ pub(super) fn own_name(path: &Path) -> bool {
 /// # Errors
 /// [`Failure`], which says how that is ended.
 pub(super) fn check_whole(path: &Path, access: Access) -> Result<(), Failure> {
-    let names = match std::fs::metadata(path) {
+    let names = match metadata(path) {
         Ok(metadata) => match Names::of(path, &metadata) {
             Ok(names) => names,
             // Without a place for notes there are none.

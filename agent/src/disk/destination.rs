@@ -22,13 +22,14 @@ use kvm_clone_protocol::units::Geometry;
 use nix::libc;
 use nix::unistd::geteuid;
 
+use super::confinement::{self, reach};
 use super::file::DiskFile;
 use super::image::{Image, Version};
 use super::journal::{Base, Header, Journal, State, Sum, Way};
 use super::names::{Names, remove};
 use super::overlay::{Overlay, check_reservable};
 use super::run::Run;
-use super::{Disk, attributes, describe, found, open_image, recover};
+use super::{Disk, attributes, describe, found, metadata, open_image, recover};
 use crate::failure::Failure;
 
 /// A destination that this process holds.
@@ -80,7 +81,7 @@ impl Destination {
     /// # Errors
     /// [`Failure`]: it is no disk, is held by somebody else, or cannot be opened or made.
     pub(super) fn open(path: &Path) -> Result<Self, Failure> {
-        match std::fs::metadata(path) {
+        match metadata(path) {
             Ok(metadata) => {
                 let image = open_image(path, &metadata, Access::Destination)?;
                 Ok(Self {
@@ -362,7 +363,8 @@ impl Destination {
         let Some(directory) = stage_dir.filter(|_| base.is_device) else {
             return Ok(own);
         };
-        match directory.metadata() {
+        confinement::permit_directory(directory)?;
+        match confinement::directory(directory).and_then(|at| at.metadata()) {
             Ok(metadata) if metadata.is_dir() && directory.is_absolute() => {}
             Ok(_) => {
                 let message = format!("{} is not a directory", directory.display());
@@ -381,6 +383,13 @@ impl Destination {
             |why: &str| format!("{}, of an earlier run, is ignored: {why}", path.display());
         let journal = match Journal::open(&path) {
             Ok(None) => return Ok(before),
+            Ok(Some(journal)) if !journal.stages_for(&self.names) => {
+                before.torn = journal.header().torn;
+                before.warnings.push(ignored("it is about another disk"));
+                self.clear_away(base, None)?;
+                self.end_journal(&journal, before.torn)?;
+                return Ok(before);
+            }
             Ok(Some(journal)) => journal,
             Err(why) => {
                 before.warnings.push(ignored(&why.to_string()));
@@ -443,7 +452,8 @@ impl Destination {
     /// # Errors
     /// [`Failure`] when it is something else.
     pub(super) fn own(&self, path: &Path) -> Result<Option<Metadata>, Failure> {
-        let found = found(path.symlink_metadata(), "examining", path)?;
+        let looked = reach(path).and_then(|at| at.symlink_metadata());
+        let found = found(looked, "examining", path)?;
         found.map(|found| self.check_own(path, found)).transpose()
     }
 
@@ -518,7 +528,7 @@ fn missing(path: &Path) -> Result<Names, Failure> {
     if path.as_os_str().as_bytes().ends_with(b"/") {
         return refused("names a directory");
     }
-    if path.symlink_metadata().is_ok() {
+    if reach(path).and_then(|at| at.symlink_metadata()).is_ok() {
         return refused("is a symbolic link to nothing");
     }
     if path.starts_with("/dev") && !path.starts_with("/dev/shm") {
@@ -528,12 +538,13 @@ fn missing(path: &Path) -> Result<Names, Failure> {
         );
         return Err(Failure::new(FailureCode::NotFound, message));
     }
-    match directory.metadata() {
-        Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) => return refused("lies in what is no directory"),
-        Err(error) => return Err(Failure::io("opening the directory", directory, &error)),
+    let failed = |error: io::Error| Failure::io("opening the directory", directory, &error);
+    let found = confinement::directory(directory).map_err(failed)?;
+    if !found.metadata().map_err(failed)?.is_dir() {
+        return refused("lies in what is no directory");
     }
-    let directory = std::fs::canonicalize(directory)
+    let directory = found
+        .canonical()
         .map_err(|error| Failure::io("following", directory, &error))?;
     Ok(Names::of_file(&directory.join(name)).expect("a directory and a name"))
 }

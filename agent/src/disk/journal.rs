@@ -175,6 +175,13 @@ impl Journal {
         self.head().1.clone()
     }
 
+    /// Whether the changes that it speaks of wait where those for this destination do. Whoever may
+    /// write beside a destination may write this file too, and name any other.
+    pub(super) fn stages_for(&self, names: &Names) -> bool {
+        let stage = self.header().stage;
+        stage.as_os_str().is_empty() || names.may_stage_at(&stage)
+    }
+
     /// Changes the header, durably.
     pub(super) fn update(&self, change: impl FnOnce(&mut Header)) -> io::Result<()> {
         let (slots, header) = &mut *self.head();

@@ -14,6 +14,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use tempfile::TempDir;
 
 use super::destination::Begun;
+use super::journal::{Header, Journal, State};
 use super::recover::{forward, recover, settle};
 use super::*;
 
@@ -307,6 +308,32 @@ fn a_journal_that_is_damaged_or_of_another_disk_is_ignored_with_a_warning() {
         story.finish();
         assert_eq!(ground.holds("disk"), NEW, "{what}");
         assert_eq!(ground.names(), ["disk"], "{what}");
+    }
+}
+
+/// Whoever may write in the directory of a disk may write a journal there.
+#[test]
+fn a_journal_that_names_any_other_file_as_its_stage_has_no_say_in_that() {
+    for state in [State::Open, State::Prepared] {
+        let ground = Ground::new();
+        let elsewhere = ground.path("elsewhere");
+        fs::write(&elsewhere, "precious").unwrap();
+        Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+        let journal = Journal::open(&ground.path(".disk.kc-journal")).unwrap();
+        let forge = |header: &mut Header| {
+            header.state = state;
+            header.stage.clone_from(&elsewhere);
+        };
+        journal.unwrap().update(forge).unwrap();
+        assert_eq!(fates(Recovery::RollBack), [Fate::Stuck]);
+        let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+        let begun = &story.begun[0];
+        assert!(!begun.resumed && begun.warnings[0].contains("another disk"));
+        story.change();
+        story.finish();
+        assert_eq!(ground.holds("disk"), NEW);
+        assert_eq!(ground.names(), ["disk", "elsewhere"]);
+        assert_eq!(fs::read(&elsewhere).unwrap(), b"precious");
     }
 }
 

@@ -406,7 +406,9 @@ impl Server {
             session.abort();
         }
         if let Some(commit) = self.commit.take() {
+            // Whatever came of it, from here on only its note decides.
             let _ = tokio::time::timeout(COMMIT_GRACE, commit).await;
+            return;
         }
         // What is locked is being worked on, by a thread that ends with the process.
         let slots = self.disks.values().map(|shelf| shelf.try_lock());

@@ -12,7 +12,7 @@ use kvm_clone_protocol::digest::{Digest, Digester};
 use kvm_clone_protocol::message::{Access, Apply, FailureCode, Fate};
 use kvm_clone_protocol::units::Geometry;
 
-use super::destination::{Destination, Work, open_own, own};
+use super::destination::{Destination, Work};
 use super::image::Image;
 use super::journal::{Header, Journal, State, Sum, Way};
 use super::names::{Names, remove, rename_new, rename_over};
@@ -268,11 +268,31 @@ impl Destination {
             }
             self.remove_own(&header.stage)?;
         }
+        self.remove_own(&self.names.new_file())?;
+        self.remove_beginnings()
+    }
+
+    /// Removes what is nothing without a journal.
+    pub(super) fn remove_beginnings(&self) -> Result<(), Failure> {
         let names = &self.names;
-        for path in [names.new_file(), names.clone_file(), names.stage()] {
+        for path in [names.clone_file(), names.stage(), names.new_journal()] {
             self.remove_own(&path)?;
         }
         Ok(())
+    }
+
+    /// Removes what a process that is gone had begun to make when it had no journal yet.
+    ///
+    /// # Errors
+    /// [`Failure`], with code busy when another process is at it.
+    pub(super) fn clear_beginnings(names: &Names) -> Result<(), Failure> {
+        // It is held meanwhile, so that what is removed is not what another run has just begun.
+        let destination = match Self::open(&names.path) {
+            Err(failure) if failure.code == FailureCode::NotFound => return Ok(()),
+            result => result?,
+        };
+        destination.remove_beginnings()?;
+        destination.sync_names()
     }
 
     /// The journal goes, or says from now on only that the destination is torn.
@@ -290,7 +310,7 @@ impl Destination {
     }
 
     pub(super) fn remove_own(&self, path: &Path) -> Result<(), Failure> {
-        if path.as_os_str().is_empty() || own(path)?.is_none() {
+        if path.as_os_str().is_empty() || self.own(path)?.is_none() {
             return Ok(());
         }
         remove(path)
@@ -340,7 +360,7 @@ impl Destination {
         match journal {
             Some(journal) => destination.reopen_base(Arc::new(journal))?,
             None => {
-                let Some(file) = open_own(&names.new_file())? else {
+                let Some(file) = destination.open_own(&names.new_file())? else {
                     return Ok(None);
                 };
                 let image = destination.image(file, false);
@@ -368,7 +388,7 @@ impl Destination {
         self.base = Some(Arc::clone(&base));
         let (apply, disk) = match header.way {
             Way::Inplace => (Apply::Inplace, Disk::of(base)),
-            Way::Reflink => match open_own(&self.names.clone_file())? {
+            Way::Reflink => match self.open_own(&self.names.clone_file())? {
                 Some(clone) => {
                     let image = self.image(clone, false);
                     image.lock()?;
@@ -377,7 +397,7 @@ impl Destination {
                 // It has its name already.
                 None => (Apply::Inplace, Disk::of(base)),
             },
-            Way::Staged => match open_own(&header.stage)? {
+            Way::Staged => match self.open_own(&header.stage)? {
                 Some(stage) => {
                     let overlay =
                         Overlay::new(self.image(stage, false), Arc::clone(&journal), true);
@@ -408,7 +428,11 @@ pub(super) fn own_name(path: &Path) -> bool {
 /// [`Failure`], which says how that is ended.
 pub(super) fn check_whole(path: &Path, access: Access) -> Result<(), Failure> {
     let names = match std::fs::metadata(path) {
-        Ok(metadata) => Names::of(path, &metadata)?,
+        Ok(metadata) => match Names::of(path, &metadata) {
+            Ok(names) => names,
+            // Without a place for notes there are none.
+            Err(_) => return Ok(()),
+        },
         Err(_) => {
             let file = std::path::absolute(path)
                 .ok()

@@ -28,7 +28,7 @@ use super::journal::{Base, Header, Journal, State, Sum, Way};
 use super::names::{Names, remove};
 use super::overlay::{Overlay, check_reservable};
 use super::run::Run;
-use super::{Disk, attributes, describe, open_image, recover};
+use super::{Disk, attributes, describe, found, open_image, recover};
 use crate::failure::Failure;
 
 /// A destination that this process holds.
@@ -113,7 +113,7 @@ impl Destination {
         if let Some(base) = &self.base {
             return describe(base, disk);
         }
-        let left = own(&self.names.new_file())?;
+        let left = self.own(&self.names.new_file())?;
         Ok(Opened {
             disk,
             kind: DiskKind::Missing,
@@ -136,6 +136,7 @@ impl Destination {
         stage_dir: Option<&Path>,
         run: &mut Run,
     ) -> Result<Begun, Failure> {
+        self.names.make_room()?;
         run.add(&self.names)?;
         recover::take_over(&self.names)?;
         let mut before = Before::default();
@@ -180,11 +181,10 @@ impl Destination {
     fn begin_new(&self, geometry: Geometry) -> Result<Work, Failure> {
         // What was beside a destination that somebody has removed.
         let names = &self.names;
-        for path in [names.clone_file(), names.stage(), names.journal()] {
-            self.remove_own(&path)?;
-        }
+        self.remove_beginnings()?;
+        self.remove_own(&names.journal())?;
         let path = names.new_file();
-        let left = own(&path)?.is_some();
+        let left = self.own(&path)?.is_some();
         let file = if left {
             DiskFile::open(&path)
         } else {
@@ -214,7 +214,7 @@ impl Destination {
             torn: before.torn,
             ..self.header(base, Way::Inplace, PathBuf::new())?
         };
-        let journal = match Journal::create(&self.names.journal(), header) {
+        let journal = match Journal::create(&self.names, header) {
             Ok(journal) => Some(Arc::new(journal)),
             // Who may write the disk need not be able to make anything beside it.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -238,14 +238,15 @@ impl Destination {
     fn begin_reflink(&self, base: &Arc<Image>, before: &mut Before) -> Result<Work, Failure> {
         if !base.has_one_name()? {
             let message = format!(
-                "{} has more than one name, or is a mount point: a copy cannot take its place",
+                "{} has more than one name, or is a mount point: a copy cannot take its place \
+                 (--apply staged does without)",
                 base.path.display()
             );
             return Err(Failure::new(FailureCode::MissingRequirement, message));
         }
         let path = self.names.clone_file();
         let left = match before.take(Way::Reflink) {
-            Some(journal) => open_own(&path)?.map(|file| (file, journal)),
+            Some(journal) => self.open_own(&path)?.map(|file| (file, journal)),
             None => None,
         };
         let resumed = left.is_some();
@@ -258,8 +259,12 @@ impl Destination {
                     ..self.header(base, Way::Reflink, PathBuf::new())?
                 };
                 let file = self.make_clone(base)?;
-                let journal = Journal::create(&self.names.journal(), header);
-                (file, journal.map_err(|error| self.journal_failed(&error))?)
+                // It gets its name only when the journal says whose it is.
+                let journal = Journal::create(&self.names, header)
+                    .map_err(|error| self.journal_failed(&error))?;
+                file.link(&path)
+                    .map_err(|error| self.create_failed(&path, &error))?;
+                (file, journal)
             }
         };
         Ok(Work {
@@ -270,30 +275,32 @@ impl Destination {
         })
     }
 
-    /// A file that shares all blocks with the old version.
+    /// A file without a name that shares all blocks with the old version.
     fn make_clone(&self, base: &Image) -> Result<DiskFile, Failure> {
         /// What file systems say that share no blocks, or not these.
-        const CANNOT: [i32; 5] = [
+        const CANNOT: [i32; 6] = [
+            libc::EISDIR,
             libc::EOPNOTSUPP,
             libc::EINVAL,
             libc::ENOTTY,
             libc::EXDEV,
             libc::ENOSYS,
         ];
-        let path = self.names.clone_file();
-        let file = DiskFile::create(&path).map_err(|error| self.create_failed(&path, &error))?;
-        let cloned =
-            attributes::copy_nocow(&base.file, &file).and_then(|()| file.clone_from(&base.file));
-        let Err(error) = cloned else {
-            return Ok(file);
+        let cloned = DiskFile::create_nameless(self.names.directory()).and_then(|file| {
+            attributes::copy_nocow(&base.file, &file)?;
+            file.clone_from(&base.file)?;
+            Ok(file)
+        });
+        let error = match cloned {
+            Ok(file) => return Ok(file),
+            Err(error) => error,
         };
-        remove(&path).map_err(|error| Failure::io("removing", &path, &error))?;
         if error
             .raw_os_error()
             .is_some_and(|code| CANNOT.contains(&code))
         {
             let message = format!(
-                "the file system of {} makes no reflink copies",
+                "the file system of {} makes no reflink copies (--apply staged does without)",
                 base.path.display()
             );
             return Err(Failure::new(FailureCode::MissingRequirement, message));
@@ -309,7 +316,9 @@ impl Destination {
     ) -> Result<Work, Failure> {
         check_reservable(base)?;
         let left = match before.take(Way::Staged) {
-            Some(journal) => open_own(&journal.header().stage)?.map(|file| (file, journal)),
+            Some(journal) => self
+                .open_own(&journal.header().stage)?
+                .map(|file| (file, journal)),
             None => None,
         };
         let resumed = left.is_some();
@@ -327,7 +336,7 @@ impl Destination {
                     ..self.header(base, Way::Staged, path.clone())?
                 };
                 // The journal names the stage, so that it comes first.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 let file = DiskFile::create(&path);
                 (
@@ -429,6 +438,43 @@ impl Destination {
         }
     }
 
+    /// What lies under a name of ours, if it is what an earlier run has left.
+    ///
+    /// # Errors
+    /// [`Failure`] when it is something else.
+    pub(super) fn own(&self, path: &Path) -> Result<Option<Metadata>, Failure> {
+        let found = found(path.symlink_metadata(), "examining", path)?;
+        found.map(|found| self.check_own(path, found)).transpose()
+    }
+
+    /// The same, opened.
+    pub(super) fn open_own(&self, path: &Path) -> Result<Option<DiskFile>, Failure> {
+        if self.own(path)?.is_none() {
+            return Ok(None);
+        }
+        let file = DiskFile::open(path).map_err(|error| Failure::io("opening", path, &error))?;
+        let opened = file
+            .metadata()
+            .map_err(|error| Failure::io("examining", path, &error))?;
+        self.check_own(path, opened)?;
+        Ok(Some(file))
+    }
+
+    /// A file of ours has one name, and belongs to us, or already to the old version's owner, who
+    /// may change that as well. Anybody else could still hold what we would take for the disk.
+    fn check_own(&self, path: &Path, found: Metadata) -> Result<Metadata, Failure> {
+        let mut owners = vec![geteuid().as_raw()];
+        if let Some(base) = &self.base {
+            owners.push(base.metadata()?.uid());
+        }
+        if found.is_file() && found.nlink() == 1 && owners.contains(&found.uid()) {
+            return Ok(found);
+        }
+        let path = path.display();
+        let message = format!("{path} is in the way, and not what an earlier run left");
+        Err(Failure::new(FailureCode::Refused, message))
+    }
+
     pub(super) fn journal_failed(&self, error: &io::Error) -> Failure {
         Failure::io("writing", &self.names.journal(), error)
     }
@@ -490,32 +536,4 @@ fn missing(path: &Path) -> Result<Names, Failure> {
     let directory = std::fs::canonicalize(directory)
         .map_err(|error| Failure::io("following", directory, &error))?;
     Ok(Names::of_file(&directory.join(name)).expect("a directory and a name"))
-}
-
-/// What lies under a name of ours, if it is what an earlier run of this user has left.
-///
-/// # Errors
-/// [`Failure`] when it is something else.
-pub(super) fn own(path: &Path) -> Result<Option<Metadata>, Failure> {
-    match path.symlink_metadata() {
-        Ok(found) if found.is_file() && found.nlink() == 1 && found.uid() == geteuid().as_raw() => {
-            Ok(Some(found))
-        }
-        Ok(_) => {
-            let path = path.display();
-            let message = format!("{path} is in the way, and not what an earlier run left");
-            Err(Failure::new(FailureCode::Refused, message))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Failure::io("examining", path, &error)),
-    }
-}
-
-/// The same, opened.
-pub(super) fn open_own(path: &Path) -> Result<Option<DiskFile>, Failure> {
-    if own(path)?.is_none() {
-        return Ok(None);
-    }
-    let file = DiskFile::open(path).map_err(|error| Failure::io("opening", path, &error))?;
-    Ok(Some(file))
 }

@@ -9,8 +9,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
 use nix::libc;
+use nix::unistd::linkat;
 
 /// `FICLONE` of linux/fs.h: the file shares all blocks of another.
 const FICLONE: libc::c_ulong = 0x4004_9409;
@@ -35,6 +36,25 @@ impl DiskFile {
             .mode(0o600)
             .open(path)
             .map(Self::new)
+    }
+
+    /// Makes a file without a name in a directory; it is gone with its descriptor unless it is
+    /// [named](Self::link).
+    pub(super) fn create_nameless(directory: &Path) -> io::Result<Self> {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .mode(0o600)
+            .open(directory)
+            .map(Self::new)
+    }
+
+    /// Gives such a file its name, unless something has it.
+    pub(super) fn link(&self, path: &Path) -> io::Result<()> {
+        let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let follow = AtFlags::AT_SYMLINK_FOLLOW;
+        Ok(linkat(AT_FDCWD, own.as_str(), AT_FDCWD, path, follow)?)
     }
 
     /// Opens a file that is there, and never what a symbolic link leads to.

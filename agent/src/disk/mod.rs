@@ -28,6 +28,8 @@ mod run;
 mod slots;
 mod state;
 mod storage;
+#[cfg(test)]
+mod stories;
 mod write;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -130,6 +132,8 @@ impl Disk {
                 Ok(DiskDone::Zeroed)
             }
             DiskOp::Trim { run } => {
+                // Space that is given back is a change too, or a copy would be let go with it.
+                self.is_changed.store(true, Ordering::Release);
                 match &self.overlay {
                     Some(overlay) => overlay.zero(run, context.geometry)?,
                     None => self.image.trim(run, context.geometry),

@@ -5,7 +5,7 @@
 //!  .NAME.kc-clone      the new version, sharing blocks with the old one     (reflink)
 //!  .NAME.kc-stage      changed blocks, each at its own place                (staged)
 //!  .NAME.kc-applying   the destination itself, while they are applied       (staged)
-//!  .NAME.kc-journal    what the run is doing: journal.rs
+//!  .NAME.kc-journal    what the run is doing: journal.rs; with .new, while it is being made
 //! ```
 //!
 //! Of a block device, whose directory is no place for files, stage and journal lie in the agent's
@@ -26,6 +26,9 @@ use serde::{Deserialize, Serialize};
 
 use super::state;
 use crate::failure::Failure;
+
+/// The part of the agent's own directory that holds the things of devices.
+const DEVICES: &str = "devices";
 
 /// The longest file name of the usual file systems.
 const NAME_MAX: usize = 255;
@@ -52,7 +55,7 @@ impl Names {
         let path =
             std::fs::canonicalize(path).map_err(|error| Failure::io("following", path, &error))?;
         if metadata.file_type().is_block_device() {
-            let directory = state::directory("devices")?;
+            let directory = state::path(DEVICES)?;
             return Ok(Self::of_device(
                 &path,
                 directory,
@@ -83,6 +86,22 @@ impl Names {
         }
     }
 
+    /// Where the destination's own things lie.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Makes the directory for a device's things; a file's is there.
+    ///
+    /// # Errors
+    /// [`Failure`] as [`state::directory`].
+    pub(super) fn make_room(&self) -> Result<(), Failure> {
+        if self.path.parent() != Some(&self.directory) {
+            state::directory(DEVICES)?;
+        }
+        Ok(())
+    }
+
     /// Makes the names durable: the destination's own, and those of what lies beside it.
     pub(super) fn sync(&self) -> io::Result<()> {
         sync_directory(&self.directory)
@@ -106,6 +125,11 @@ impl Names {
 
     pub(super) fn journal(&self) -> PathBuf {
         self.beside(".kc-journal")
+    }
+
+    /// A journal that is being made.
+    pub(super) fn new_journal(&self) -> PathBuf {
+        self.beside(".kc-journal.new")
     }
 
     /// `.NAME.SUFFIX`, or a digest of the name where that would be too long.
@@ -207,7 +231,12 @@ mod tests {
             Path::new("/d/.web.qcow2.kc-new")
         );
         let [one, other] = ["a", "b"].map(|end| names(&("x".repeat(254) + end)));
-        assert!(one.applying().file_name().unwrap().len() <= NAME_MAX);
+        for len in 200..NAME_MAX {
+            let long = names(&"x".repeat(len));
+            for path in [long.applying(), long.journal(), long.new_journal()] {
+                assert!(path.file_name().unwrap().len() <= NAME_MAX);
+            }
+        }
         assert_ne!(one.applying(), other.applying());
         assert!(Names::of_file(Path::new("/")).is_none());
     }

@@ -205,7 +205,9 @@ impl Overlay {
                 result => result,
             };
             match reserved {
-                Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => Ok(()),
+                Ok(()) => Ok(()),
+                // Without a way to promise space only what occupies some already is safe.
+                Err(nix::errno::Errno::EOPNOTSUPP) if !base.is_hole(run, geometry)? => Ok(()),
                 Err(error) => Err(base.failed_at("reserving space in", offset, &error.into())),
             }
         });
@@ -303,8 +305,8 @@ pub(super) fn check_reservable(base: &Image) -> Result<(), Failure> {
         return Ok(());
     }
     let message = format!(
-        "{} lies on a file system that cannot reserve space in place: changes can wait in a \
-         reflink copy only",
+        "{} lies on a file system that cannot reserve space in place: changes cannot wait beside it \
+         (--apply reflink does without)",
         base.path.display()
     );
     Err(Failure::new(FailureCode::MissingRequirement, message))

@@ -115,6 +115,9 @@ pub(super) fn take_over(names: &Names) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure`] when the notes of runs cannot be read at all.
 pub(crate) fn recover(recovery: Recovery) -> Result<Vec<Recovered>, Failure> {
+    if recovery != Recovery::List {
+        Run::sweep()?;
+    }
     let mut all = Vec::new();
     for found in Run::all()? {
         match found {
@@ -175,7 +178,11 @@ fn recover_open(run: Run, recovery: Recovery) -> Vec<Recovered> {
     for names in run.destinations() {
         let path = &names.path;
         let fate = match Destination::reopen(names) {
-            Ok(None) => continue,
+            Ok(None) if recovery == Recovery::List => continue,
+            Ok(None) => match Destination::clear_beginnings(names) {
+                Ok(()) => continue,
+                Err(failure) => Err(failure),
+            },
             Ok(Some(destination)) if recovery == Recovery::RollBack => destination
                 .roll_back()
                 .map(|()| destination.fate(Fate::RolledBack)),

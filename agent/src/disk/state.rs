@@ -30,6 +30,14 @@ pub(super) fn directory(name: &str) -> Result<PathBuf, Failure> {
     Ok(directory)
 }
 
+/// Where that is, made or not.
+///
+/// # Errors
+/// [`Failure`] when there is no place for it.
+pub(super) fn path(name: &str) -> Result<PathBuf, Failure> {
+    Ok(base()?.join(name))
+}
+
 /// The same, unless it does not exist.
 ///
 /// # Errors
@@ -45,12 +53,12 @@ pub(super) fn existing(name: &str) -> Result<Option<PathBuf>, Failure> {
     Ok(Some(directory))
 }
 
-/// Tests have a directory of their own, which they share as the runs of a host do.
+/// Each test is a host of its own.
 #[cfg(test)]
 fn base() -> Result<PathBuf, Failure> {
     let here = std::env::current_exe().expect("a test is a program");
-    let name = format!("state-of-test-{}", std::process::id());
-    Ok(here.with_file_name(name))
+    let (process, thread) = (std::process::id(), std::thread::current().id());
+    Ok(here.with_file_name(format!("state-of-test-{process}-{thread:?}")))
 }
 
 #[cfg(not(test))]

@@ -6,10 +6,11 @@ use std::os::unix::ffi::OsStrExt as _;
 use clap::Subcommand;
 use serde::Serialize;
 
-use super::{App, combined, side_by_side};
+use super::App;
+use super::answers::{Answer, report};
 use crate::agent_binary;
 use crate::endpoint::HostSpec;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::host::{AgentConnection, AgentPath, DEFAULT_INSTALL_PATH, Host, Removed, Unwanted};
 use crate::output;
 
@@ -46,42 +47,6 @@ pub(super) enum Command {
         #[arg(long, value_name = "PATH", default_value = DEFAULT_INSTALL_PATH)]
         path: OsString,
     },
-}
-
-/// What scripts get.
-#[derive(Debug, Serialize)]
-struct Report<T> {
-    operation: &'static str,
-    success: bool,
-    hosts: Vec<Answer<T>>,
-}
-
-/// One host, of several in an answer.
-#[derive(Debug, Serialize)]
-struct Answer<T> {
-    host: String,
-    #[serde(flatten)]
-    answer: Option<T>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<Failure>,
-}
-
-/// The error of one host; the whole of it goes to standard error.
-#[derive(Debug, Serialize)]
-struct Failure {
-    code: crate::error::ErrorCode,
-    message: String,
-    hint: Option<String>,
-}
-
-impl From<&Error> for Failure {
-    fn from(error: &Error) -> Self {
-        Self {
-            code: error.code(),
-            message: error.one_line(),
-            hint: error.hint_text().map(str::to_owned),
-        }
-    }
 }
 
 /// An agent that answered.
@@ -177,48 +142,6 @@ fn absent() -> Agent {
         size: None,
         warnings: Vec::new(),
     }
-}
-
-/// Does `work` on every host, prints what came of it, and ends with the failures.
-async fn report<T, F>(
-    app: &App,
-    operation: &'static str,
-    specs: Vec<HostSpec>,
-    work: impl Fn(Host) -> F,
-    text: impl FnOnce(&[Answer<T>]) -> String,
-) -> Result<()>
-where
-    T: Serialize + Send + 'static,
-    F: Future<Output = Result<T>> + Send + 'static,
-{
-    let n_hosts = specs.len();
-    let hosts = specs.iter().map(|spec| app.host(spec)).collect();
-    let (mut answers, mut errors) = (Vec::new(), Vec::new());
-    for (host, answer) in side_by_side(hosts, work).await {
-        let name = host.to_string();
-        match answer {
-            Ok(answer) => answers.push(Answer {
-                host: name,
-                answer: Some(answer),
-                error: None,
-            }),
-            Err(error) => {
-                answers.push(Answer {
-                    host: name,
-                    answer: None,
-                    error: Some((&error).into()),
-                });
-                errors.push((host, error));
-            }
-        }
-    }
-    let report = Report {
-        operation,
-        success: errors.is_empty(),
-        hosts: answers,
-    };
-    output::print(&report, app.format(), || text(&report.hosts))?;
-    combined(errors, n_hosts)
 }
 
 fn agents_text(answers: &[Answer<Agent>]) -> String {

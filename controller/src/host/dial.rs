@@ -27,7 +27,7 @@ const OPTIONS: [&str; 15] = [
     "RemoteCommand=none",
     "UpdateHostKeys=no",
     "LogLevel=ERROR",
-    "ServerAliveInterval=10",
+    "ServerAliveInterval=5",
     "ServerAliveCountMax=3",
 ];
 

@@ -97,6 +97,16 @@ macro_rules! messages {
                     kind => Err(MessageError::Misplaced { kind }),
                 }
             }
+
+            /// The frame of the message, without payload.
+            ///
+            /// # Errors
+            /// As [`Message::frame`].
+            pub fn frame(&self) -> Result<Frame, MessageError> {
+                match self {
+                    $(Self::$name(message) => message.frame(),)*
+                }
+            }
         }
     };
 }

@@ -5,6 +5,9 @@
 
 #![cfg(test)]
 
+use std::fs;
+use std::path::Path;
+
 use bytes::{Bytes, BytesMut};
 use kvm_clone_protocol::digest::{Digest, Digester, HashKind, RangeHasher, Seed, disk_root};
 use kvm_clone_protocol::frame::{self, Frame, FrameKind, HEAD_LEN};
@@ -584,6 +587,33 @@ fn every_kind_has_the_bytes_of_its_pin() {
         assert_eq!(frame, pin.frame);
         assert_eq!(Any::read(&frame), Ok(pin.message));
         assert!(input.is_empty(), "{kind:?} leaves bytes behind");
+    }
+}
+
+/// The fuzzers start from real messages; KVM_CLONE_BLESS=1 writes them anew.
+#[test]
+fn every_pin_is_a_seed_of_the_fuzzers() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    for kind in FrameKind::ALL {
+        let frame = pin(kind).frame;
+        // The first byte of each is explained in `fuzzing`.
+        let seeds = [
+            ("frame", [&[0][..], &frame.encode()].concat()),
+            ("message", [&[kind as u8][..], &frame.meta].concat()),
+        ];
+        for (target, seed) in seeds {
+            let name = format!("pin-{kind:?}").to_lowercase();
+            let path = corpus.join(target).join(name);
+            if std::env::var_os("KVM_CLONE_BLESS").is_some() {
+                fs::write(&path, &seed).unwrap();
+            }
+            let found = fs::read(&path).unwrap_or_default();
+            assert!(
+                found == seed,
+                "{} is missing or old, see KVM_CLONE_BLESS",
+                path.display()
+            );
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! A host: a real sshd in namespaces of its own.
 //!
-//! Its mount namespace has its own /root, /tmp, /var/tmp, /dev/shm, /run and /etc/passwd, so that
-//! home, cache, keys, known hosts and login shell are the host's; everything else, the disks under
-//! test included, is shared with the machine at the same path. Its pid namespace dies with its
-//! sshd, so nothing that was started on the host outlives the test.
+//! Its mount namespace has its own /root, /tmp, /var/tmp, /dev/shm, /run, /var/lib/kvm-clone and
+//! /etc/passwd, so that home, cache, keys, known hosts, login shell and the notes of unfinished
+//! runs are the host's; everything else, the disks under test included, is shared with the machine
+//! at the same path. Its pid namespace dies with its sshd, so nothing that was started on the host
+//! outlives the test.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -91,7 +92,7 @@ impl Host {
     /// When it does not come up.
     #[must_use]
     pub fn start(spec: &HostSpec, directory: PathBuf, login_key: &str) -> Self {
-        for name in ["root/.ssh", "tmp", "var-tmp", "shm", "etc"] {
+        for name in ["root/.ssh", "tmp", "var-tmp", "shm", "state", "etc"] {
             fs::create_dir_all(directory.join(name)).expect("a host's directory is writable");
         }
         write(&directory.join("root/.bashrc"), &spec.bashrc);
@@ -147,6 +148,12 @@ impl Host {
     #[must_use]
     pub fn shm(&self) -> PathBuf {
         self.directory.join("shm")
+    }
+
+    /// What is /var/lib/kvm-clone on the host, as the test sees it.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.directory.join("state")
     }
 
     /// The link target of `/proc/PID/ns/mnt` of its processes.
@@ -306,12 +313,14 @@ fn mount_namespace(process: &Child) -> OsString {
 
 /// What becomes sshd: everything before `exec` is only seen by the host.
 fn setup_script(spec: &HostSpec, directory: &Path) -> String {
-    let mut script = "set -e\n".to_owned();
+    // Where the machine itself is no host yet, it gets the empty directory that is mounted over.
+    let mut script = "set -e\nmkdir -p /var/lib/kvm-clone\n".to_owned();
     let binds = [
         ("root", "/root"),
         ("tmp", "/tmp"),
         ("var-tmp", "/var/tmp"),
         ("shm", "/dev/shm"),
+        ("state", "/var/lib/kvm-clone"),
     ];
     for (from, to) in binds.into_iter().chain([("etc/passwd", "/etc/passwd")]) {
         let from = directory.join(from);

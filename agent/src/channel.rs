@@ -5,6 +5,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use kvm_clone_protocol::codec::{FrameDecoder, ReadError};
@@ -13,6 +14,7 @@ use kvm_clone_protocol::preamble::{self, Preamble, Versions};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, Interest, ReadBuf};
+use tokio::time::Instant;
 use tokio_util::codec::Decoder;
 
 use crate::failure::Failure;
@@ -23,6 +25,13 @@ const READ_SIZE: usize = 256 * 1024;
 
 /// What a pipe is asked to hold, so that each side wakes less often.
 const PIPE_SIZE: i32 = 1024 * 1024;
+
+/// How often something is said where there is nothing else to say.
+pub(crate) const BEAT: Duration = Duration::from_secs(5);
+
+/// Whoever has not sent a byte for this long is taken for dead: four beats, so that one may be
+/// late, and well below the 30 seconds within which a run must end.
+pub(crate) const SILENCE: Duration = Duration::from_secs(20);
 
 /// Frames written with one system call.
 const WRITE_SLICES: usize = 32;
@@ -99,6 +108,7 @@ impl AsyncRead for Pollable {
 #[derive(Debug)]
 pub(crate) struct FrameReader {
     fd: Pollable,
+    heard: Instant,
     buffer: BytesMut,
     decoder: FrameDecoder,
 }
@@ -107,6 +117,7 @@ impl FrameReader {
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         Ok(Self {
             fd: Pollable::new(fd, false)?,
+            heard: Instant::now(),
             buffer: BytesMut::with_capacity(READ_SIZE),
             decoder: FrameDecoder::default(),
         })
@@ -147,6 +158,11 @@ impl FrameReader {
         }
     }
 
+    /// When the last byte came.
+    pub(crate) fn heard(&self) -> Instant {
+        self.heard
+    }
+
     /// A frame that is here already.
     pub(crate) fn buffered(&mut self) -> Result<Option<Frame>, ReadError> {
         self.decoder.decode(&mut self.buffer)
@@ -156,7 +172,9 @@ impl FrameReader {
         if self.buffer.capacity() - self.buffer.len() < READ_SIZE / 4 {
             self.buffer.reserve(READ_SIZE);
         }
-        self.fd.read_buf(&mut self.buffer).await
+        let read = self.fd.read_buf(&mut self.buffer).await?;
+        self.heard = Instant::now();
+        Ok(read)
     }
 }
 

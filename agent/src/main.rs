@@ -15,6 +15,7 @@ mod pace;
 mod pool;
 mod serve;
 mod session;
+mod slot;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

@@ -1,37 +1,44 @@
 //! `kvm-clone-agent serve`: the one process on a host that owns disks, for one controller.
 //!
-//! It speaks the protocol on its standard input and output, and ends with its input. Requests are
-//! answered by tasks of their own, so that a slow one (an fsync) keeps nobody from being heard;
-//! all answers go through one queue to the controller.
+//! It speaks the protocol on its standard input and output, and ends with its input, or when the
+//! controller is silent for too long. Requests are answered by tasks of their own, in their order
+//! for each disk, and what may block is done on other threads: a slow fsync keeps nobody from
+//! being heard. All answers go through one queue to the controller.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use kvm_clone_protocol::frame::Frame;
 use kvm_clone_protocol::message::{
-    Access, Commit, Committed, Control, Dial, Dialed, Ended, Failed, FailureCode, Hello, Listen,
-    Listening, Message, Open, Prepare, Prepared, Progress, Role, Start, Started, Welcome,
+    Alive, Commit, Committed, Control, Dial, Dialed, Ended, FailureCode, Hello, Leftover, Listen,
+    Listening, Message, Open, Prepare, Progress, Recover, Recovered, Start, Warning, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
-use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
-use kvm_clone_protocol::units::Geometry;
 use nix::unistd::geteuid;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
-use crate::channel::{FrameReader, FrameWriter};
-use crate::disk::{self, Disk, Stage, Target, Version};
+use crate::channel::{BEAT, FrameReader, FrameWriter, SILENCE};
+use crate::disk::{self, Run};
 use crate::failure::Failure;
 use crate::link::{self, Link, Listener};
 use crate::pool::Pool;
-use crate::session::Session;
+use crate::slot::{Ready, Slot};
+
+/// More than any VM has; what a controller can make us hold is bounded.
+const MAX_DISKS: usize = 256;
+
+/// The same for data connections that wait for their session.
+const MAX_LINKS: usize = 512;
+
+/// A commit that is under way when the controller goes may end within this time, since a
+/// destination that is finished is worth more than one that waits for `recover`.
+const COMMIT_GRACE: Duration = Duration::from_secs(5);
 
 /// Serves a controller until it hangs up.
 ///
@@ -50,14 +57,14 @@ pub(crate) async fn serve() -> Result<(), Failure> {
     let pool = Pool::start().map_err(|error| {
         Failure::new(FailureCode::Internal, format!("starting threads: {error}"))
     })?;
-    let mut server = Server {
-        answers,
-        pool,
-        disks: HashMap::new(),
-        links: HashMap::new(),
-    };
+    let mut server = Server::new(Answers(answers), pool);
+    let mut beats = interval_at(Instant::now() + BEAT, BEAT);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = loop {
+        let silent = sleep_until(reader.heard() + SILENCE);
         tokio::select! {
+            // What has come is heard before the time is looked at.
+            biased;
             frame = reader.next() => match frame {
                 Ok(None) => break Ok(()),
                 Ok(Some(frame)) => match server.handle(&frame) {
@@ -67,19 +74,25 @@ pub(crate) async fn serve() -> Result<(), Failure> {
                 },
                 Err(error) => break Err(Failure::from(error)),
             },
+            () = silent => if reader.heard().elapsed() >= SILENCE {
+                break Err(Failure::link("the controller is silent"));
+            },
             Some(frame) = outbox.recv() => writer.push(&frame),
+            _ = beats.tick() => if writer.is_empty() {
+                writer.push(&Alive {}.frame()?);
+            },
             written = writer.write_some() => if written.is_err() {
                 break Ok(());
             },
         }
     };
-    server.abandon();
+    server.abandon().await;
     if let Err(failure) = &end
         && let Ok(frame) = failure.clone().message(None).frame()
     {
         writer.push(&frame);
-        // The controller may be gone already; the exit status tells the same.
-        let _ = writer.flush().await;
+        // The controller may be gone already, or stuck; the exit status tells the same.
+        let _ = tokio::time::timeout(BEAT, writer.flush()).await;
     }
     end
 }
@@ -141,72 +154,84 @@ enum Continue {
     Stopping,
 }
 
+/// Where answers to the controller go. It may have hung up; then the process is about to end.
+#[derive(Debug, Clone)]
+struct Answers(mpsc::UnboundedSender<Frame>);
+
+impl Answers {
+    fn say(&self, message: &impl Message) {
+        match message.frame() {
+            Ok(frame) => drop(self.0.send(frame)),
+            Err(error) => self.fail(None, error.into()),
+        }
+    }
+
+    fn fail(&self, disk: Option<u32>, failure: Failure) {
+        if let Ok(frame) = failure.message(disk).frame() {
+            let _ = self.0.send(frame);
+        }
+    }
+
+    fn answer<M: Message>(&self, disk: Option<u32>, result: Result<M, Failure>) {
+        match result {
+            Ok(message) => self.say(&message),
+            Err(failure) => self.fail(disk, failure),
+        }
+    }
+
+    fn warn(&self, disk: u32, warnings: Vec<String>) {
+        for message in warnings {
+            self.say(&Warning {
+                disk: Some(disk),
+                message,
+            });
+        }
+    }
+}
+
 struct Server {
-    answers: mpsc::UnboundedSender<Frame>,
+    answers: Answers,
     pool: Pool,
-    disks: HashMap<u32, Slot>,
+    disks: HashMap<u32, Shelf>,
     links: HashMap<u32, JoinHandle<Result<Link, Failure>>>,
+    /// The destinations that are changed together.
+    run: Arc<Mutex<Option<Run>>>,
+    sessions: Vec<AbortHandle>,
+    commit: Option<JoinHandle<()>>,
 }
 
-/// A disk under its number.
-#[derive(Debug)]
-struct Slot {
-    access: Access,
-    disk: Option<Arc<Disk>>,
-    /// What a source was when it was opened.
-    version: Option<Version>,
-    /// The way to its name, of a destination that does not exist yet.
-    stage: Option<Stage>,
-    /// Of the session that has been started.
-    geometry: Option<Geometry>,
-    milestones: Arc<Milestones>,
-    session: Option<JoinHandle<()>>,
-}
-
-/// How far a disk has come. A destination is prepared only after a session that ended well, and
-/// committed only when it is prepared, whatever the controller asks.
-#[derive(Debug, Default)]
-struct Milestones {
-    ended: AtomicBool,
-    prepared: AtomicBool,
-    failed: OnceLock<FailureCode>,
-}
-
-/// More than any VM has; what a controller can make us hold is bounded.
-const MAX_DISKS: usize = 256;
+/// The place of a disk: empty until it is open. Its lock puts requests for the disk in order.
+type Shelf = Arc<Mutex<Option<Slot>>>;
 
 impl Server {
+    fn new(answers: Answers, pool: Pool) -> Self {
+        Self {
+            answers,
+            pool,
+            disks: HashMap::new(),
+            links: HashMap::new(),
+            run: Arc::default(),
+            sessions: Vec::new(),
+            commit: None,
+        }
+    }
+
     /// Answers a frame of the controller, now or later.
     fn handle(&mut self, frame: &Frame) -> Result<Continue, Failure> {
         match Control::read(frame)? {
-            Control::Open(open) => {
-                let disk = open.disk;
-                let result = self.open(&open);
-                self.answer_or_fail(Some(disk), result);
-            }
+            Control::Open(open) => self.begin(Some(open.disk), |server| server.open(open)),
             Control::Listen(listen) => {
                 let result = self.listen(&listen);
-                self.answer_or_fail(None, result);
+                self.answers.answer(None, result);
             }
-            Control::Dial(dial) => {
-                if let Err(failure) = self.dial(dial) {
-                    self.fail(None, failure);
-                }
-            }
-            Control::Start(start) => {
-                let disk = start.disk;
-                let result = self.start(&start);
-                self.answer_or_fail(Some(disk), result);
-            }
+            Control::Dial(dial) => self.begin(None, |server| server.dial(dial)),
+            Control::Start(start) => self.begin(Some(start.disk), |server| server.start(start)),
             Control::Prepare(prepare) => {
-                if let Err(failure) = self.prepare(&prepare) {
-                    self.fail(Some(prepare.disk), failure);
-                }
+                self.begin(Some(prepare.disk), |server| server.prepare(prepare));
             }
-            Control::Commit(commit) => {
-                let result = self.commit(commit);
-                self.answer_or_fail(None, result);
-            }
+            Control::Commit(commit) => self.begin(None, |server| server.commit(commit)),
+            Control::Recover(recover) => self.recover(&recover),
+            Control::Alive(Alive {}) => {}
             Control::Abort(_) => return Ok(Continue::Stopping),
             other => {
                 let message = format!("a controller does not send {other:?}");
@@ -216,38 +241,43 @@ impl Server {
         Ok(Continue::Serving)
     }
 
-    fn open(&mut self, open: &Open) -> Result<impl Message + use<>, Failure> {
-        if self.disks.contains_key(&open.disk) || self.disks.len() >= MAX_DISKS {
-            let message = format!("disk number {} is taken, or one too many", open.disk);
-            return Err(Failure::new(FailureCode::Protocol, message));
+    /// Begins what is answered later; what cannot begin is answered now.
+    fn begin(&mut self, disk: Option<u32>, begin: impl FnOnce(&mut Self) -> Result<(), Failure>) {
+        if let Err(failure) = begin(self) {
+            self.answers.fail(disk, failure);
         }
-        let path = PathBuf::from(OsStr::from_bytes(&open.path));
-        let target = disk::open(&path, open.access)?;
-        let opened = target.describe(open.disk)?;
-        let (disk, stage) = match target {
-            Target::Open(disk) => (Some(Arc::new(disk)), None),
-            Target::Missing(stage) => (None, Some(stage)),
-        };
-        let version = match (&disk, open.access) {
-            (Some(disk), Access::Source) => Some(disk.version()?),
-            _ => None,
-        };
-        let access = open.access;
-        let slot = Slot {
-            access,
-            disk,
-            version,
-            stage,
-            geometry: None,
-            milestones: Arc::default(),
-            session: None,
-        };
-        self.disks.insert(open.disk, slot);
-        Ok(opened)
     }
 
-    fn listen(&mut self, listen: &Listen) -> Result<impl Message + use<>, Failure> {
+    fn shelf(&self, disk: u32, doing: &str) -> Result<Shelf, Failure> {
+        let shelf = self.disks.get(&disk).cloned();
+        shelf.ok_or_else(|| protocol(format!("{doing}: there is no disk {disk}")))
+    }
+
+    fn open(&mut self, open: Open) -> Result<(), Failure> {
+        let number = open.disk;
+        let shelf = Arc::clone(self.disks.entry(number).or_default());
+        let free = shelf.try_lock_owned().ok().filter(|slot| slot.is_none());
+        let Some(mut slot) = free.filter(|_| self.disks.len() <= MAX_DISKS) else {
+            return Err(protocol(format!(
+                "disk number {number} is taken, or one too many"
+            )));
+        };
+        let answers = self.answers.clone();
+        tokio::spawn(async move {
+            let opened = blocking(move || Slot::open(&open)).await;
+            let opened = opened.map(|(new, opened, warnings)| {
+                *slot = Some(new);
+                answers.warn(number, warnings);
+                opened
+            });
+            answers.answer(Some(number), opened);
+        });
+        Ok(())
+    }
+
+    fn listen(&mut self, listen: &Listen) -> Result<Listening, Failure> {
         let version = link_version(listen.version)?;
+        self.check_links(listen.link)?;
         let listener = Listener::bind()?;
         let listening = Listening {
             link: listen.link,
@@ -262,160 +292,187 @@ impl Server {
     fn dial(&mut self, dial: Dial) -> Result<(), Failure> {
         let (number, answers) = (dial.link, self.answers.clone());
         let version = link_version(dial.version)?;
+        self.check_links(number)?;
         let task = tokio::spawn(async move {
             let link = link::dial(&dial, version).await;
-            let frame = match &link {
-                Ok(_) => Dialed { link: dial.link }.frame(),
-                Err(failure) => failure.clone().message(None).frame(),
-            };
-            // The controller may have hung up, and the process is about to end.
-            let _ = frame.map(|frame| answers.send(frame));
+            match &link {
+                Ok(_) => answers.say(&Dialed { link: dial.link }),
+                Err(failure) => answers.fail(None, failure.clone()),
+            }
             link
         });
         self.links.insert(number, task);
         Ok(())
     }
 
-    fn start(&mut self, start: &Start) -> Result<impl Message + use<>, Failure> {
-        let refused = |what: &str| Failure::new(FailureCode::Protocol, format!("start: {what}"));
-        let params = start.params;
-        let geometry = Geometry::new(params.size).ok_or_else(|| refused("the size is absurd"))?;
+    fn check_links(&self, link: u32) -> Result<(), Failure> {
+        if self.links.contains_key(&link) || self.links.len() >= MAX_LINKS {
+            return Err(protocol(format!(
+                "link number {link} is taken, or one too many"
+            )));
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, start: Start) -> Result<(), Failure> {
+        let shelf = self.shelf(start.disk, "start")?;
         let link = self
             .links
             .remove(&start.link)
-            .ok_or_else(|| refused("no such link"))?;
-        let slot = self
-            .disks
-            .get_mut(&start.disk)
-            .ok_or_else(|| refused("no such disk"))?;
-        if slot.session.is_some() || (start.role == Role::Sender) != slot.access.is_source() {
-            return Err(refused("this disk is open for something else"));
-        }
-        if params.ship && slot.access == Access::Compare {
-            return Err(refused("this disk is open for comparing only"));
-        }
-        slot.geometry = Some(geometry);
-        if params.ship
-            && slot.disk.is_none()
-            && let Some(stage) = &slot.stage
-        {
-            slot.disk = Some(Arc::new(stage.open()?));
-        }
-        if params.ship
-            && start.role == Role::Receiver
-            && let Some(disk) = &slot.disk
-        {
-            disk.grow(geometry)?;
-        }
-        let machine: Box<dyn Machine> = match start.role {
-            Role::Sender => Box::new(Sender::new(params, geometry)),
-            Role::Receiver => Box::new(Receiver::new(params, geometry)),
-        };
-        let session = Session {
-            machine,
-            disk: slot.disk.clone(),
-            geometry,
-            params,
-            compression: start.compression,
-        };
-        let task = SessionTask {
-            disk: start.disk,
-            rate_limit: start.rate_limit,
-            version: slot.version,
-            milestones: Arc::clone(&slot.milestones),
-            answers: self.answers.clone(),
-        };
-        let pool = self.pool.clone();
-        slot.session = Some(tokio::spawn(
-            async move { task.run(session, link, &pool).await },
-        ));
-        Ok(Started { disk: start.disk })
+            .ok_or_else(|| protocol(format!("start: there is no link {}", start.link)))?;
+        let (number, rate_limit) = (start.disk, start.rate_limit);
+        let (answers, pool, run) = (
+            self.answers.clone(),
+            self.pool.clone(),
+            Arc::clone(&self.run),
+        );
+        let session = tokio::spawn(async move {
+            let mut slot = shelf.lock_owned().await;
+            let mut run = run.lock_owned().await;
+            let ready = blocking(move || on(&mut slot, "start")?.start(&start, &mut run)).await;
+            match ready {
+                Ok(ready) => {
+                    answers.warn(number, ready.warnings.clone());
+                    answers.say(&ready.started);
+                    play(number, ready, link, rate_limit, &pool, &answers).await;
+                }
+                Err(failure) => answers.fail(Some(number), failure),
+            }
+        });
+        self.sessions.push(session.abort_handle());
+        Ok(())
     }
 
-    fn prepare(&mut self, prepare: &Prepare) -> Result<(), Failure> {
-        let number = prepare.disk;
-        let ready = self.disks.get(&number).and_then(|slot| {
-            let is_ready =
-                slot.access == Access::Destination && slot.milestones.ended.load(Ordering::Acquire);
-            let milestones = Arc::clone(&slot.milestones);
-            is_ready.then_some((slot.disk.clone()?, slot.geometry?, milestones))
-        });
-        let Some((disk, geometry, milestones)) = ready else {
-            let message = format!("prepare: disk {number} has nothing to prepare");
-            return Err(Failure::new(FailureCode::Protocol, message));
-        };
-        let answers = self.answers.clone();
-        self.pool.submit(move |_| {
-            let frame = match disk.prepare(geometry) {
-                Ok(()) => {
-                    milestones.prepared.store(true, Ordering::Release);
-                    Prepared { disk: number }.frame()
-                }
-                Err(failure) => milestones.fail(failure, number).frame(),
-            };
-            let _ = frame.map(|frame| answers.send(frame));
+    fn prepare(&mut self, prepare: Prepare) -> Result<(), Failure> {
+        let shelf = self.shelf(prepare.disk, "prepare")?;
+        let (number, answers) = (prepare.disk, self.answers.clone());
+        tokio::spawn(async move {
+            let mut slot = shelf.lock_owned().await;
+            let prepared = blocking(move || on(&mut slot, "prepare")?.prepare(&prepare)).await;
+            answers.answer(Some(number), prepared);
         });
         Ok(())
     }
 
-    fn commit(&mut self, commit: Commit) -> Result<impl Message + use<>, Failure> {
-        for number in &commit.disks {
-            let slot = self.disks.get(number);
-            if !slot.is_some_and(|slot| slot.milestones.prepared.load(Ordering::Acquire)) {
-                let message = format!("commit: disk {number} is not prepared");
-                return Err(Failure::new(FailureCode::Protocol, message));
-            }
+    fn commit(&mut self, commit: Commit) -> Result<(), Failure> {
+        let shelves = commit
+            .disks
+            .iter()
+            .map(|disk| self.shelf(*disk, "commit"))
+            .collect::<Result<Vec<_>, _>>()?;
+        if shelves.len() > MAX_DISKS || !are_distinct(&commit.disks) {
+            return Err(protocol("commit: a disk is named twice".to_owned()));
         }
-        for number in &commit.disks {
-            if let Some(slot) = self.disks.get_mut(number)
-                && let Some(stage) = &slot.stage
-            {
-                stage.commit()?;
-                slot.stage = None;
+        let (answers, run) = (self.answers.clone(), Arc::clone(&self.run));
+        self.commit = Some(tokio::spawn(async move {
+            let mut slots = Vec::new();
+            for shelf in shelves {
+                slots.push(shelf.lock_owned().await);
             }
-        }
-        Ok(Committed {
-            disks: commit.disks,
-        })
+            let mut run = run.lock_owned().await;
+            let committed = blocking(move || {
+                let slots: Vec<_> = slots.iter().map(|slot| slot.as_ref()).collect();
+                commit_all(&slots, &mut run)
+            });
+            let committed = committed.await.map(|()| Committed {
+                disks: commit.disks,
+            });
+            answers.answer(None, committed);
+        }));
+        Ok(())
+    }
+
+    fn recover(&self, recover: &Recover) {
+        let (recovery, answers) = (recover.recovery, self.answers.clone());
+        tokio::spawn(async move {
+            let recovered = blocking(move || disk::recover(recovery)).await;
+            let recovered = recovered.map(|all| {
+                for each in all {
+                    answers.say(&Leftover {
+                        path: each.path.into_os_string().into_encoded_bytes(),
+                        fate: each.fate,
+                        message: each.message,
+                    });
+                }
+                Recovered {}
+            });
+            answers.answer(None, recovered);
+        });
     }
 
     /// Ends what runs, and leaves behind only what a next run can take up.
-    fn abandon(&mut self) {
-        for slot in self.disks.values() {
-            if let Some(session) = &slot.session {
-                session.abort();
-            }
-            // Only a file that this process holds is its own to remove.
-            if let (Some(stage), Some(_)) = (&slot.stage, &slot.disk) {
-                let code = slot.milestones.failed.get();
-                stage.abandon(code.copied().unwrap_or(FailureCode::Cancelled));
-            }
+    async fn abandon(&mut self) {
+        for session in &self.sessions {
+            session.abort();
         }
-    }
-
-    fn answer_or_fail<M: Message>(&self, disk: Option<u32>, result: Result<M, Failure>) {
-        match result.and_then(|message| Ok(message.frame()?)) {
-            // The queue ends with the process.
-            Ok(frame) => drop(self.answers.send(frame)),
-            Err(failure) => self.fail(disk, failure),
+        if let Some(commit) = self.commit.take() {
+            // Whatever came of it, from here on only its note decides.
+            let _ = tokio::time::timeout(COMMIT_GRACE, commit).await;
+            return;
         }
-    }
-
-    fn fail(&self, disk: Option<u32>, failure: Failure) {
-        let _ = failure
-            .message(disk)
-            .frame()
-            .map(|frame| self.answers.send(frame));
+        // What is locked is being worked on, by a thread that ends with the process.
+        let slots = self.disks.values().map(|shelf| shelf.try_lock());
+        let left: Vec<bool> = slots
+            .map(|slot| slot.map_or(true, |slot| slot.as_ref().is_some_and(Slot::abandon)))
+            .collect();
+        if left.contains(&true) {
+            return;
+        }
+        if let Ok(mut run) = self.run.try_lock()
+            && let Some(run) = run.take()
+        {
+            // A note that stays says of nothing that it is unfinished.
+            let _ = run.end();
+        }
     }
 }
 
-impl Milestones {
-    /// Remembers why it went no further, and tells the controller.
-    fn fail(&self, failure: Failure, disk: u32) -> Failed {
-        // The first failure is the one that counts.
-        let _ = self.failed.set(failure.code);
-        failure.message(Some(disk))
+/// Lets all changes count: one note names every destination, and from then on all go forward.
+fn commit_all(slots: &[Option<&Slot>], run: &mut Option<Run>) -> Result<(), Failure> {
+    let destinations = slots
+        .iter()
+        .map(|slot| slot.and_then(Slot::prepared))
+        .collect::<Option<Vec<_>>>();
+    let (Some(destinations), Some(noted)) = (destinations, run.as_mut()) else {
+        return Err(protocol("commit: not all of them are prepared".to_owned()));
+    };
+    if destinations.len() != noted.len() {
+        return Err(protocol(
+            "commit: disks that were changed together count together".to_owned(),
+        ));
     }
+    noted.commit()?;
+    disk::forward(&destinations)?;
+    match run.take() {
+        Some(run) => run.end(),
+        None => Ok(()),
+    }
+}
+
+/// The disk on a shelf.
+fn on<'a>(shelf: &'a mut Option<Slot>, doing: &str) -> Result<&'a mut Slot, Failure> {
+    let slot = shelf.as_mut();
+    slot.ok_or_else(|| protocol(format!("{doing}: this disk is not open")))
+}
+
+fn are_distinct(numbers: &[u32]) -> bool {
+    let all: std::collections::BTreeSet<_> = numbers.iter().collect();
+    all.len() == numbers.len()
+}
+
+fn protocol(message: String) -> Failure {
+    Failure::new(FailureCode::Protocol, message)
+}
+
+/// Does what may block on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let broken = |error| Failure::new(FailureCode::Internal, format!("a thread broke: {error}"));
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(broken)
+        .and_then(|result| result)
 }
 
 /// The controller's choice, if this build speaks it.
@@ -423,50 +480,51 @@ fn link_version(version: u16) -> Result<u16, Failure> {
     Ok(SUPPORTED.negotiate(Versions::only(version))?)
 }
 
-/// What a session needs beside the session itself.
-struct SessionTask {
+/// Plays a session to its end, and tells the controller how it ended.
+async fn play(
     disk: u32,
+    ready: Ready,
+    link: JoinHandle<Result<Link, Failure>>,
     rate_limit: u64,
-    version: Option<Version>,
-    milestones: Arc<Milestones>,
-    answers: mpsc::UnboundedSender<Frame>,
+    pool: &Pool,
+    answers: &Answers,
+) {
+    let progress = Arc::clone(&ready.progress);
+    match play_session(disk, ready, link, rate_limit, pool, answers).await {
+        Ok(ended) => answers.say(&ended),
+        Err(failure) => {
+            progress.fail(failure.code);
+            answers.fail(Some(disk), failure);
+        }
+    }
 }
 
-impl SessionTask {
-    async fn run(self, session: Session, link: JoinHandle<Result<Link, Failure>>, pool: &Pool) {
-        let frame = match self.play(session, link, pool).await {
-            Ok(ended) => ended.frame(),
-            Err(failure) => self.milestones.fail(failure, self.disk).frame(),
-        };
-        let _ = frame.map(|frame| self.answers.send(frame));
+async fn play_session(
+    disk: u32,
+    ready: Ready,
+    link: JoinHandle<Result<Link, Failure>>,
+    rate_limit: u64,
+    pool: &Pool,
+    answers: &Answers,
+) -> Result<Ended, Failure> {
+    let stopped = |_| Failure::new(FailureCode::Cancelled, "the data connection was given up");
+    let mut link = link.await.map_err(stopped)??;
+    link.writer.set_rate(rate_limit);
+    let ships = ready.session.params.ship;
+    let report = |counters| answers.say(&Progress { disk, counters });
+    let outcome = ready.session.run(link, pool, report).await?;
+    if let Some(watch) = ready.watch
+        && let Some(warning) = watch.look()?
+    {
+        answers.warn(disk, vec![warning]);
     }
-
-    async fn play(
-        &self,
-        session: Session,
-        link: JoinHandle<Result<Link, Failure>>,
-        pool: &Pool,
-    ) -> Result<Ended, Failure> {
-        let stopped = |_| Failure::new(FailureCode::Cancelled, "the data connection was given up");
-        let mut link = link.await.map_err(stopped)??;
-        link.writer.set_rate(self.rate_limit);
-        let (disk, ships) = (self.disk, session.params.ship);
-        let source = session.disk.clone();
-        let report = |counters| {
-            let _ = Progress { disk, counters }
-                .frame()
-                .map(|frame| self.answers.send(frame));
-        };
-        let outcome = session.run(link, pool, report).await?;
-        if let (Some(version), Some(source)) = (&self.version, source) {
-            source.check_unchanged(version)?;
-        }
-        self.milestones.ended.store(ships, Ordering::Release);
-        Ok(Ended {
-            disk,
-            counters: outcome.counters,
-            first_difference: outcome.first_difference,
-            root: ships.then_some(outcome.root),
-        })
+    if ships {
+        ready.progress.end();
     }
+    Ok(Ended {
+        disk,
+        counters: outcome.counters,
+        first_difference: outcome.first_difference,
+        root: ships.then_some(outcome.root),
+    })
 }

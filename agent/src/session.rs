@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_clone_protocol::digest::Digester;
-use kvm_clone_protocol::message::{Compression, Counters, SessionParams};
+use kvm_clone_protocol::message::{Beat, Compression, Counters, Message, SessionParams};
 use kvm_clone_protocol::preamble::PREAMBLE_LEN;
 use kvm_clone_protocol::sync::{DiskDone, DiskOp, Machine, Outcome, Ticket};
 use kvm_clone_protocol::units::Geometry;
 use tokio::sync::mpsc;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::channel::{BEAT, SILENCE};
 use crate::compress::Compressor;
 use crate::disk::{Disk, SessionContext};
 use crate::failure::Failure;
@@ -48,6 +49,8 @@ impl Session {
         let (done_to, mut done) = mpsc::unbounded_channel::<Done>();
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut beats = tokio::time::interval_at(Instant::now() + BEAT, BEAT);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.turn(&mut link, pool, &compressor, &done_to);
             compressor.set_wire_bound(self.machine.is_wire_bound());
@@ -60,6 +63,7 @@ impl Session {
                     ..outcome
                 });
             }
+            let silent = tokio::time::sleep_until(link.reader.heard() + SILENCE);
             tokio::select! {
                 Some((ticket, result)) = done.recv() => {
                     self.machine.handle_disk(ticket, result?)?;
@@ -81,6 +85,14 @@ impl Session {
                         )));
                     }
                 }
+                () = silent => if link.reader.heard().elapsed() >= SILENCE {
+                    return Err(Failure::link(format!(
+                        "the peer is silent{}", link.last_words().await
+                    )));
+                },
+                _ = beats.tick() => if link.writer.is_empty() {
+                    link.writer.push(&Beat {}.frame()?);
+                },
                 _ = ticks.tick() => report(with_preambles(self.machine.counters())),
             }
         }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BytesMut};
 use kvm_clone_protocol::frame;
 use kvm_clone_protocol::message::{
-    Access, Commit, Control, Credit, FailureCode, Hello, Listen, Listening, Message, Open, Prepare,
-    Role, SessionParams, Start,
+    Access, ApplyChoice, Commit, Control, Credit, FailureCode, Hello, Listen, Listening, Message,
+    Open, Prepare, Role, SessionParams, Start,
 };
 use kvm_clone_protocol::preamble::{self, MAGIC, Preamble, SUPPORTED, Versions};
 
@@ -170,7 +170,10 @@ fn a_controller_of_another_time_is_told_both_ranges() {
 #[test]
 fn requests_that_make_no_sense_are_refused_and_the_agent_lives_on() {
     let mut agent = Agent::greeted();
-    let prepare = Prepare { disk: 7 };
+    let prepare = Prepare {
+        disk: 7,
+        reread: false,
+    };
     agent.send(&prepare);
     assert_eq!(agent.failure().0, FailureCode::Protocol);
     agent.send(&Commit { disks: vec![7] });
@@ -204,7 +207,10 @@ fn a_destination_takes_its_name_only_after_a_session_that_ended_well() {
         access: Access::Destination,
     });
     assert!(matches!(agent.next(), Some(Control::Opened(_))));
-    agent.send(&Prepare { disk: 0 });
+    agent.send(&Prepare {
+        disk: 0,
+        reread: false,
+    });
     assert_eq!(agent.failure().0, FailureCode::Protocol);
     agent.send(&Commit { disks: vec![0] });
     assert_eq!(agent.failure().0, FailureCode::Protocol);
@@ -229,6 +235,8 @@ fn a_session_needs_an_open_disk_and_a_link() {
         params,
         compression: kvm_clone_protocol::message::Compression::Off,
         rate_limit: 0,
+        apply: ApplyChoice::Inplace,
+        stage_dir: Vec::new(),
     };
     agent.send(&start);
     assert_eq!(agent.failure().0, FailureCode::Protocol);

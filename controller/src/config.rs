@@ -10,7 +10,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml_edit::DocumentMut;
 
-use crate::cli::options::{CompressChoice, HashChoice, Rate, TimeLimit};
+use crate::cli::options::{ApplyArg, CompressChoice, HashChoice, Rate, TimeLimit};
 use crate::error::{Error, ErrorCode, Result};
 use crate::transfer::{MethodChoice, RouteChoice};
 
@@ -33,6 +33,9 @@ const TEMPLATE: &str = "\
 
 # How blocks are compared: \"xxh3\" or \"blake3\".
 #hash = \"xxh3\"
+
+# How a destination that exists is changed: \"auto\", \"staged\", \"reflink\" or \"inplace\".
+#apply = \"auto\"
 
 # Give up after so long, such as \"2h\".
 #timeout = \"2h\"
@@ -62,6 +65,8 @@ pub struct Config {
     #[serde(deserialize_with = "parsed")]
     pub hash: Option<HashChoice>,
     #[serde(deserialize_with = "parsed")]
+    pub apply: Option<ApplyArg>,
+    #[serde(deserialize_with = "parsed")]
     pub timeout: Option<TimeLimit>,
     pub ssh_config: Option<PathBuf>,
     pub ssh_key: Option<PathBuf>,
@@ -79,7 +84,7 @@ pub struct Key {
 }
 
 /// Every key, in the order of the template.
-pub const KEYS: [Key; 10] = [
+pub const KEYS: [Key; 11] = [
     Key {
         name: "method",
         default: None,
@@ -99,6 +104,10 @@ pub const KEYS: [Key; 10] = [
     Key {
         name: "hash",
         default: Some("xxh3"),
+    },
+    Key {
+        name: "apply",
+        default: Some("auto"),
     },
     Key {
         name: "timeout",

@@ -49,6 +49,11 @@ pub enum FrameKind {
     Committed = 0x10,
     Abort = 0x11,
     Failed = 0x12,
+    Alive = 0x13,
+    Warning = 0x14,
+    Recover = 0x15,
+    Leftover = 0x16,
+    Recovered = 0x17,
 
     Digests = 0x40,
     Holes = 0x41,
@@ -58,11 +63,12 @@ pub enum FrameKind {
     Credit = 0x45,
     End = 0x46,
     Agreed = 0x47,
+    Beat = 0x48,
 }
 
 impl FrameKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 32] = [
         Self::Hello,
         Self::Welcome,
         Self::Open,
@@ -81,6 +87,11 @@ impl FrameKind {
         Self::Committed,
         Self::Abort,
         Self::Failed,
+        Self::Alive,
+        Self::Warning,
+        Self::Recover,
+        Self::Leftover,
+        Self::Recovered,
         Self::Digests,
         Self::Holes,
         Self::Data,
@@ -89,6 +100,7 @@ impl FrameKind {
         Self::Credit,
         Self::End,
         Self::Agreed,
+        Self::Beat,
     ];
 
     fn from_wire(byte: u8) -> Result<Self, FrameError> {

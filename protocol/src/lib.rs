@@ -18,6 +18,8 @@
 pub mod codec;
 pub mod digest;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod message;
 pub mod preamble;
 pub mod sync;

@@ -97,6 +97,16 @@ macro_rules! messages {
                     kind => Err(MessageError::Misplaced { kind }),
                 }
             }
+
+            /// The frame of the message, without payload.
+            ///
+            /// # Errors
+            /// As [`Message::frame`].
+            pub fn frame(&self) -> Result<Frame, MessageError> {
+                match self {
+                    $(Self::$name(message) => message.frame(),)*
+                }
+            }
         }
     };
 }
@@ -105,14 +115,15 @@ messages! {
     /// What travels on a control connection, in either direction.
     Control {
         Hello, Welcome, Open, Opened, Listen, Listening, Dial, Dialed, Start, Started, Progress,
-        Ended, Prepare, Prepared, Commit, Committed, Abort, Failed,
+        Ended, Prepare, Prepared, Commit, Committed, Abort, Failed, Alive, Warning, Recover,
+        Leftover, Recovered,
     }
 }
 
 messages! {
     /// What travels on a data connection, in either direction. The raw bytes of `Digests` and
     /// `Data` stay in the frame's payload.
-    Stream { Digests, Holes, Data, Zeros, Settled, Credit, End, Agreed }
+    Stream { Digests, Holes, Data, Zeros, Settled, Credit, End, Agreed, Beat }
 }
 
 /// Controller to agent, first: who calls, and the version chosen from both preambles.
@@ -205,6 +216,8 @@ pub struct Opened {
     pub identity: Option<Identity>,
     /// An interrupted run left a part of this destination, which is taken up.
     pub resumed: bool,
+    /// What two hosts that share this storage would both call it; empty where none can tell.
+    pub storage: Vec<u8>,
 }
 
 /// Controller to agent: expect a data connection, which `kvm-clone-agent attach` will bring.
@@ -298,6 +311,32 @@ pub struct SessionParams {
     pub ship: bool,
 }
 
+/// How changes are to get into a destination that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ApplyChoice {
+    /// [`Reflink`](Self::Reflink) where the file system can, else [`Staged`](Self::Staged).
+    Auto,
+    /// Written where they belong: torn while the run is unfinished.
+    Inplace,
+    /// They wait beside the destination until all are there.
+    Staged,
+    /// They go into a copy that shares its blocks with the old version, and takes its name.
+    Reflink,
+}
+
+/// How changes get into a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Apply {
+    /// It did not exist: a file under a temporary name.
+    New,
+    /// As [`ApplyChoice::Inplace`].
+    Inplace,
+    /// As [`ApplyChoice::Staged`].
+    Staged,
+    /// As [`ApplyChoice::Reflink`].
+    Reflink,
+}
+
 /// Controller to agent: play a session over a data connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
@@ -313,6 +352,10 @@ pub struct Start {
     pub compression: Compression,
     /// Bytes a second that the sender may write to the data connection; zero for no limit.
     pub rate_limit: u64,
+    /// How a receiver that ships changes an existing destination.
+    pub apply: ApplyChoice,
+    /// Directory in which the changes of a block device wait; empty for the agent's own.
+    pub stage_dir: Vec<u8>,
 }
 
 /// Agent to controller: the session runs.
@@ -320,6 +363,10 @@ pub struct Start {
 pub struct Started {
     /// The disk's number.
     pub disk: u32,
+    /// How changes get into the destination; `None` for a disk that is only read.
+    pub apply: Option<Apply>,
+    /// Changes of an interrupted run wait already, and are taken up.
+    pub resumed: bool,
 }
 
 /// What a session did so far, seen from one end.
@@ -369,6 +416,8 @@ pub struct Ended {
 pub struct Prepare {
     /// The disk's number.
     pub disk: u32,
+    /// Read the new contents once more, past the page cache.
+    pub reread: bool,
 }
 
 /// Agent to controller: the answer to [`Prepare`].
@@ -376,6 +425,8 @@ pub struct Prepare {
 pub struct Prepared {
     /// The disk's number.
     pub disk: u32,
+    /// The root of what was read once more.
+    pub root: Option<Digest>,
 }
 
 /// Controller to the receiver's agent: all disks are prepared; let them take their names.
@@ -438,6 +489,71 @@ pub struct Failed {
     /// For people; names the path.
     pub message: String,
 }
+
+/// Either side of a control connection, after a while without anything else to say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alive {}
+
+/// Agent to controller: what the user ought to know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Warning {
+    /// The disk's number, where it is about one.
+    pub disk: Option<u32>,
+    /// For people; names the path.
+    pub message: String,
+}
+
+/// What is done about runs that broke off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Recovery {
+    /// Nothing: they are listed.
+    List,
+    /// What was committed is finished; what was not is kept, to be taken up.
+    Finish,
+    /// What was committed is finished; what was not is removed.
+    RollBack,
+}
+
+/// Controller to agent: see to what broken runs have left on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recover {
+    /// What is done.
+    pub recovery: Recovery,
+}
+
+/// What becomes, or became, of a destination whose run broke off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fate {
+    /// A run is at it now; nothing was done.
+    Running,
+    /// It was committed, and is not finished.
+    Unfinished,
+    /// It was committed, and is finished: the destination is the new version.
+    Finished,
+    /// It was not committed; what has arrived waits for the next run.
+    Waiting,
+    /// It was not committed, and what had arrived is gone: the destination is the old version.
+    RolledBack,
+    /// It was written in place, and is torn until a run onto it has finished.
+    Torn,
+    /// It could not be seen to.
+    Stuck,
+}
+
+/// Agent to controller, one for each destination, ahead of [`Recovered`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leftover {
+    /// The destination's path.
+    pub path: Vec<u8>,
+    /// What became of it.
+    pub fate: Fate,
+    /// For people: why, where that is not plain; or empty.
+    pub message: String,
+}
+
+/// Agent to controller: the answer to [`Recover`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovered {}
 
 /// Receiver to sender: digests of consecutive blocks, 16 bytes each in the payload. All zeros
 /// stands for a block that holds only zeros.
@@ -509,3 +625,8 @@ pub struct Agreed {
     /// The root of the destination's contents.
     pub root: Digest,
 }
+
+/// Either side of a data connection, after a while without anything else to say. It is no part of
+/// the session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Beat {}

@@ -33,7 +33,7 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const SUPPORTED: Versions = Versions { min: 1, max: 1 };
+pub const SUPPORTED: Versions = Versions { min: 2, max: 2 };
 
 impl std::fmt::Display for Versions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -138,7 +138,8 @@ pub fn find(input: &mut BytesMut) -> Result<Option<(Preamble, Bytes)>, PreambleE
         .windows(MAGIC.len())
         .position(|window| window == MAGIC)
     else {
-        return if input.len() > MAX_NOISE {
+        // Less may end in the front part of a magic that is just in time.
+        return if input.len() >= MAX_NOISE + MAGIC.len() {
             Err(not_found(input))
         } else {
             Ok(None)
@@ -214,6 +215,25 @@ mod tests {
                     found,
                     Some((SAMPLE, Bytes::from_static(b"Welcome to hv1!\n")))
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn noise_up_to_its_limit_is_passed_over_in_any_split() {
+        for (noise, expected) in [(MAX_NOISE, true), (MAX_NOISE + 1, false)] {
+            let mut bytes = vec![b'.'; noise];
+            bytes.extend_from_slice(&SAMPLE.encode());
+            for cut in noise..=bytes.len() {
+                let mut input = BytesMut::from(&bytes[..cut]);
+                let early = find(&mut input);
+                input.extend_from_slice(&bytes[cut..]);
+                let found = early.and_then(|found| match found {
+                    Some(found) => Ok(Some(found)),
+                    None => find(&mut input),
+                });
+                assert_eq!(matches!(found, Ok(Some(_))), expected, "{noise}, {cut}");
+                assert_eq!(found.is_err(), !expected, "{noise}, {cut}");
             }
         }
     }

@@ -5,6 +5,9 @@
 
 #![cfg(test)]
 
+use std::fs;
+use std::path::Path;
+
 use bytes::{Bytes, BytesMut};
 use kvm_clone_protocol::digest::{Digest, Digester, HashKind, RangeHasher, Seed, disk_root};
 use kvm_clone_protocol::frame::{self, Frame, FrameKind, HEAD_LEN};
@@ -95,6 +98,12 @@ fn pin(kind: FrameKind) -> Pin {
         FrameKind::Credit => credit(),
         FrameKind::End => end(),
         FrameKind::Agreed => agreed(),
+        FrameKind::Alive => alive(),
+        FrameKind::Warning => warning(),
+        FrameKind::Recover => recover(),
+        FrameKind::Leftover => leftover(),
+        FrameKind::Recovered => recovered(),
+        FrameKind::Beat => beat(),
     }
 }
 
@@ -103,13 +112,13 @@ fn hello() -> Pin {
         Control,
         Hello {
             release: "0.1.0".to_owned(),
-            version: 1,
+            version: 2,
         },
         "07000000  # 7 bytes of meta and payload
          01 00     # Hello, no flags
          0700      # all of them meta
          05 302e312e30  # release: 5 bytes, 0.1.0
-         01        # version"
+         02        # version"
     )
 }
 
@@ -162,15 +171,17 @@ fn opened() -> Pin {
                 inode: 300,
             }),
             resumed: false,
+            storage: b"w".to_vec(),
         },
-        "0a000000 04 00 0a00  # 10 bytes, Opened
+        "0c000000 04 00 0c00  # 12 bytes, Opened
          03      # disk
          01      # kind: Device
          818004  # size: 65537
          01      # identity: there is one
          00      #   device
          ac02    #   inode: 300
-         00      # resumed: no"
+         00      # resumed: no
+         01 77   # storage: one byte"
     )
 }
 
@@ -250,8 +261,10 @@ fn start() -> Pin {
             },
             compression: Compression::Level(3),
             rate_limit: 1_000_000,
+            apply: ApplyChoice::Staged,
+            stage_dir: b"/s".to_vec(),
         },
-        "2e000000 09 00 2e00  # 46 bytes, Start
+        "32000000 09 00 3200  # 50 bytes, Start
          03      # disk
          02      # link
          01      # role: Receiver
@@ -262,16 +275,24 @@ fn start() -> Pin {
          01      #   compare: yes
          00      #   ship: no
          02 03   # compression: Level, 3 (a byte as it is)
-         c0843d  # rate_limit: 1000000"
+         c0843d  # rate_limit: 1000000
+         02      # apply: Staged
+         02 2f73 # stage_dir: 2 bytes"
     )
 }
 
 fn started() -> Pin {
     pin!(
         Control,
-        Started { disk: 3 },
-        "01000000 0a 00 0100  # 1 byte, Started
-         03  # disk"
+        Started {
+            disk: 3,
+            apply: Some(Apply::Reflink),
+            resumed: true,
+        },
+        "04000000 0a 00 0400  # 4 bytes, Started
+         03     # disk
+         01 03  # apply: Reflink
+         01     # resumed: yes"
     )
 }
 
@@ -326,18 +347,26 @@ fn ended() -> Pin {
 fn prepare() -> Pin {
     pin!(
         Control,
-        Prepare { disk: 3 },
-        "01000000 0d 00 0100  # 1 byte, Prepare
-         03  # disk"
+        Prepare {
+            disk: 3,
+            reread: true,
+        },
+        "02000000 0d 00 0200  # 2 bytes, Prepare
+         03  # disk
+         01  # reread: yes"
     )
 }
 
 fn prepared() -> Pin {
     pin!(
         Control,
-        Prepared { disk: 3 },
-        "01000000 0e 00 0100  # 1 byte, Prepared
-         03  # disk"
+        Prepared {
+            disk: 3,
+            root: None,
+        },
+        "02000000 0e 00 0200  # 2 bytes, Prepared
+         03  # disk
+         00  # root: none"
     )
 }
 
@@ -389,6 +418,61 @@ fn failed() -> Pin {
          01 8020  # offset: there is one, 4096
          02 c3a9  # message: two bytes of UTF-8"
     )
+}
+
+fn alive() -> Pin {
+    pin!(Control, Alive {}, "00000000 13 00 0000  # no bytes, Alive")
+}
+
+fn warning() -> Pin {
+    pin!(
+        Control,
+        Warning {
+            disk: Some(3),
+            message: "so".to_owned(),
+        },
+        "05000000 14 00 0500  # 5 bytes, Warning
+         01 03    # disk: there is one, 3
+         02 736f  # message: so"
+    )
+}
+
+fn recover() -> Pin {
+    pin!(
+        Control,
+        Recover {
+            recovery: Recovery::RollBack,
+        },
+        "01000000 15 00 0100  # 1 byte, Recover
+         02  # recovery: RollBack"
+    )
+}
+
+fn leftover() -> Pin {
+    pin!(
+        Control,
+        Leftover {
+            path: b"/d".to_vec(),
+            fate: Fate::RolledBack,
+            message: "so".to_owned(),
+        },
+        "07000000 16 00 0700  # 7 bytes, Leftover
+         02 2f64  # path: /d
+         04       # fate: RolledBack
+         02 736f  # message: so"
+    )
+}
+
+fn recovered() -> Pin {
+    pin!(
+        Control,
+        Recovered {},
+        "00000000 17 00 0000  # no bytes, Recovered"
+    )
+}
+
+fn beat() -> Pin {
+    pin!(Stream, Beat {}, "00000000 48 00 0000  # no bytes, Beat")
 }
 
 fn digests() -> Pin {
@@ -506,6 +590,33 @@ fn every_kind_has_the_bytes_of_its_pin() {
     }
 }
 
+/// The fuzzers start from real messages; KVM_CLONE_BLESS=1 writes them anew.
+#[test]
+fn every_pin_is_a_seed_of_the_fuzzers() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    for kind in FrameKind::ALL {
+        let frame = pin(kind).frame;
+        // The first byte of each is explained in `fuzzing`.
+        let seeds = [
+            ("frame", [&[0][..], &frame.encode()].concat()),
+            ("message", [&[kind as u8][..], &frame.meta].concat()),
+        ];
+        for (target, seed) in seeds {
+            let name = format!("pin-{kind:?}").to_lowercase();
+            let path = corpus.join(target).join(name);
+            if std::env::var_os("KVM_CLONE_BLESS").is_some() {
+                fs::write(&path, &seed).unwrap();
+            }
+            let found = fs::read(&path).unwrap_or_default();
+            assert!(
+                found == seed,
+                "{} is missing or old, see KVM_CLONE_BLESS",
+                path.display()
+            );
+        }
+    }
+}
+
 #[test]
 fn encode_head_leaves_exactly_the_payload() {
     for kind in FrameKind::ALL {
@@ -593,6 +704,7 @@ fn the_choices_have_their_numbers() {
         size: 0,
         identity: None,
         resumed: true,
+        storage: Vec::new(),
     };
     let kinds = [DiskKind::File, DiskKind::Device, DiskKind::Missing];
     assert_eq!(kinds.map(|k| byte_of(&opened(k), 1)), [0, 1, 2]);
@@ -614,6 +726,8 @@ fn the_choices_have_their_numbers() {
         },
         compression,
         rate_limit: 0,
+        apply: ApplyChoice::Auto,
+        stage_dir: Vec::new(),
     };
     let (sender, xxh3) = (Role::Sender, HashKind::Xxh3);
     let roles = [Role::Sender, Role::Receiver];
@@ -630,6 +744,61 @@ fn the_choices_have_their_numbers() {
     assert_eq!(
         compressions.map(|c| byte_of(&start(sender, xxh3, c), 39)),
         [0, 1, 2]
+    );
+}
+
+#[test]
+fn the_ways_to_apply_have_their_numbers() {
+    let choices = [
+        ApplyChoice::Auto,
+        ApplyChoice::Inplace,
+        ApplyChoice::Staged,
+        ApplyChoice::Reflink,
+    ];
+    let applies = [Apply::New, Apply::Inplace, Apply::Staged, Apply::Reflink];
+    let start = |apply| Start {
+        disk: 0,
+        link: 0,
+        role: Role::Receiver,
+        params: SessionParams {
+            size: 0,
+            hash: HashKind::Xxh3,
+            seed: Seed([0; 32]),
+            compare: false,
+            ship: false,
+        },
+        compression: Compression::Off,
+        rate_limit: 0,
+        apply,
+        stage_dir: Vec::new(),
+    };
+    assert_eq!(choices.map(|c| byte_of(&start(c), 41)), [0, 1, 2, 3]);
+    let started = |apply| Started {
+        disk: 0,
+        apply: Some(apply),
+        resumed: false,
+    };
+    assert_eq!(applies.map(|a| byte_of(&started(a), 2)), [0, 1, 2, 3]);
+    let recover = |recovery| Recover { recovery };
+    let recoveries = [Recovery::List, Recovery::Finish, Recovery::RollBack];
+    assert_eq!(recoveries.map(|r| byte_of(&recover(r), 0)), [0, 1, 2]);
+    let leftover = |fate| Leftover {
+        path: Vec::new(),
+        fate,
+        message: String::new(),
+    };
+    let fates = [
+        Fate::Running,
+        Fate::Unfinished,
+        Fate::Finished,
+        Fate::Waiting,
+        Fate::RolledBack,
+        Fate::Torn,
+        Fate::Stuck,
+    ];
+    assert_eq!(
+        fates.map(|f| byte_of(&leftover(f), 1)),
+        [0, 1, 2, 3, 4, 5, 6]
     );
 }
 

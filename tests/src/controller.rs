@@ -127,7 +127,7 @@ impl Controller {
     }
 }
 
-/// The controller that was built beside the running test.
+/// The controller that was built beside the running test, or program.
 ///
 /// Cargo builds the binaries of other packages for no test, so `tests/run` builds them first.
 ///
@@ -139,17 +139,16 @@ pub fn binary() -> PathBuf {
         return chosen.into();
     }
     let test = std::env::current_exe().expect("a test knows its executable");
-    let beside = test
-        .parent()
-        .and_then(Path::parent)
-        .expect("target/PROFILE/deps/TEST");
-    let binary = beside.join("kvm-clone-ctl");
-    assert!(
-        binary.exists(),
-        "no {}: run tests/run, or `cargo build --workspace`",
-        binary.display()
-    );
-    binary
+    // target/PROFILE/deps/TEST, or target/PROFILE/PROGRAM.
+    let mut beside = test.ancestors().skip(1).take(2);
+    let built = beside.find_map(|directory| {
+        let binary = directory.join("kvm-clone-ctl");
+        binary.is_file().then_some(binary)
+    });
+    built.unwrap_or_else(|| {
+        let test = test.display();
+        panic!("no kvm-clone-ctl beside {test}: run tests/run, or `cargo build --workspace`")
+    })
 }
 
 /// A controller that runs.
@@ -166,6 +165,18 @@ impl Running {
     /// Whether it has not ended yet.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Its process, as a `/proc/PID` directory.
+    #[must_use]
+    pub fn process(&self) -> PathBuf {
+        format!("/proc/{}", self.child.id()).into()
+    }
+
+    /// How long it has been running.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// Sends it a signal.

@@ -1,9 +1,10 @@
 //! A host: a real sshd in namespaces of its own.
 //!
-//! Its mount namespace has its own /root, /tmp, /var/tmp, /dev/shm, /run and /etc/passwd, so that
-//! home, cache, keys, known hosts and login shell are the host's; everything else, the disks under
-//! test included, is shared with the machine at the same path. Its pid namespace dies with its
-//! sshd, so nothing that was started on the host outlives the test.
+//! Its mount namespace has its own /root, /tmp, /var/tmp, /dev/shm, /run, /var/lib/kvm-clone and
+//! /etc/passwd, so that home, cache, keys, known hosts, login shell and the notes of unfinished
+//! runs are the host's; everything else, the disks under test included, is shared with the machine
+//! at the same path. Its pid namespace dies with its sshd, so nothing that was started on the host
+//! outlives the test.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -91,7 +92,7 @@ impl Host {
     /// When it does not come up.
     #[must_use]
     pub fn start(spec: &HostSpec, directory: PathBuf, login_key: &str) -> Self {
-        for name in ["root/.ssh", "tmp", "var-tmp", "shm", "etc"] {
+        for name in ["root/.ssh", "tmp", "var-tmp", "shm", "state", "etc"] {
             fs::create_dir_all(directory.join(name)).expect("a host's directory is writable");
         }
         write(&directory.join("root/.bashrc"), &spec.bashrc);
@@ -137,6 +138,24 @@ impl Host {
         self.directory.join("root")
     }
 
+    /// What is /var/tmp on the host, as the test sees it.
+    #[must_use]
+    pub fn var_tmp(&self) -> PathBuf {
+        self.directory.join("var-tmp")
+    }
+
+    /// What is /dev/shm on the host, as the test sees it.
+    #[must_use]
+    pub fn shm(&self) -> PathBuf {
+        self.directory.join("shm")
+    }
+
+    /// What is /var/lib/kvm-clone on the host, as the test sees it.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
     /// The link target of `/proc/PID/ns/mnt` of its processes.
     #[must_use]
     pub fn mount_namespace(&self) -> OsString {
@@ -153,6 +172,20 @@ impl Host {
     pub fn allow(&self, public_key: &str) {
         let path = self.directory.join("etc/authorized_keys");
         write(&path, &format!("{}{public_key}\n", read(&path)));
+    }
+
+    /// From now on the owner of the key with this comment gets this command, whatever it asks for.
+    ///
+    /// # Panics
+    /// When the command holds a double quote, which would have to be quoted.
+    pub fn force(&self, owner: &str, command: &str) {
+        assert!(!command.contains('"'));
+        let path = self.directory.join("etc/authorized_keys");
+        let forced = |key: &str| match key.ends_with(&format!(" {owner}")) {
+            true => format!("restrict,command=\"{command}\" {key}\n"),
+            false => format!("{key}\n"),
+        };
+        write(&path, &read(&path).lines().map(forced).collect::<String>());
     }
 
     /// Its line in a known_hosts file.
@@ -280,12 +313,14 @@ fn mount_namespace(process: &Child) -> OsString {
 
 /// What becomes sshd: everything before `exec` is only seen by the host.
 fn setup_script(spec: &HostSpec, directory: &Path) -> String {
-    let mut script = "set -e\n".to_owned();
+    // Where the machine itself is no host yet, it gets the empty directory that is mounted over.
+    let mut script = "set -e\nmkdir -p /var/lib/kvm-clone\n".to_owned();
     let binds = [
         ("root", "/root"),
         ("tmp", "/tmp"),
         ("var-tmp", "/var/tmp"),
         ("shm", "/dev/shm"),
+        ("state", "/var/lib/kvm-clone"),
     ];
     for (from, to) in binds.into_iter().chain([("etc/passwd", "/etc/passwd")]) {
         let from = directory.join(from);

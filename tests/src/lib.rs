@@ -3,12 +3,14 @@
 //!
 //! ```text
 //!   Lab ─┬─ Controller   kvm-clone-ctl with a home and an ssh configuration of its own
-//!        ├─ Host hvA     sshd in a mount namespace: own /root, /tmp, /var/tmp, /dev/shm, /run
+//!        ├─ Host hvA     sshd in a mount namespace: own /root, /var/lib/kvm-clone, /tmp, …
 //!        ├─ Host hvB     the same
 //!        └─ directory    disks and mount points; the same path here and on both hosts
 //! ```
 //!
 //! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own.
+//! For power cuts there is [`recorded`]: a disk that remembers its writes.
+//! [`campaign`] kills processes of a run, over and over.
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
 //! and JSON. What fails in here, and not in the product, panics and names the thing, since a
@@ -16,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod campaign;
 pub mod controller;
 pub mod host;
 pub mod hypervisor;
@@ -25,4 +28,5 @@ pub mod lab;
 pub mod mount;
 pub mod outcome;
 pub mod process;
+pub mod recorded;
 pub mod skip;

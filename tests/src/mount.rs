@@ -4,9 +4,20 @@ use std::fmt;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 
 use crate::process::tool;
 use crate::skip::find_tool;
+
+/// How long a file system may stay in use after its last user has ended: whoever lists loop devices
+/// keeps them, and what their images lie on, for a moment.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// How often it is tried meanwhile.
+const POLL: Duration = Duration::from_millis(10);
 
 /// A file as a block device.
 #[derive(Debug)]
@@ -134,6 +145,36 @@ impl FileSystem {
         }
     }
 
+    /// Mounts the file system that an image holds, on a loop device that goes with the mount,
+    /// however that ends.
+    ///
+    /// # Panics
+    /// When it does not mount.
+    #[must_use]
+    pub fn of_image(image: &Path, options: &str, directory: &Path) -> Self {
+        std::fs::create_dir_all(directory).expect("the laboratory's directory is writable");
+        let options = format!("loop,{options}");
+        let args = ["-o".as_ref(), options.as_ref(), image, directory];
+        tool("mount", args);
+        Self {
+            directory: directory.to_owned(),
+            device: None,
+        }
+    }
+
+    /// Shows a directory at another one as well.
+    ///
+    /// # Panics
+    /// When one of them is not there.
+    #[must_use]
+    pub fn bind(from: &Path, directory: &Path) -> Self {
+        tool("mount", ["--bind".as_ref(), from, directory]);
+        Self {
+            directory: directory.to_owned(),
+            device: None,
+        }
+    }
+
     /// Makes it read-only from here on, for hosts that start later.
     ///
     /// # Panics
@@ -168,8 +209,18 @@ impl FileSystem {
 
 impl Drop for FileSystem {
     fn drop(&mut self) {
+        let unmount = || umount2(&self.directory, MntFlags::empty());
+        let deadline = Instant::now() + BUSY;
+        let mut unmounted = unmount();
+        while unmounted == Err(Errno::EBUSY) && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+            unmounted = unmount();
+        }
+        if let Err(error) = unmounted {
+            let left = self.directory.display();
+            let _ = writeln!(std::io::stderr(), "left behind: {left}: {error}");
+        }
         // The device is a field, so it is detached after this.
-        tear_down("umount", &[self.directory.as_path()]);
     }
 }
 

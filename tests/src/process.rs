@@ -1,12 +1,14 @@
 //! Other programs: run to their end, waited for with a deadline, looked at in /proc.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
 
 use crate::skip::find_tool;
 
@@ -49,48 +51,76 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Optio
     }
 }
 
+/// The processes of a mount namespace, as `/proc/PID` directories. Those that have ended and wait
+/// for their parent are in none.
+#[must_use]
+pub fn processes_in(mount_namespace: &OsStr) -> Vec<PathBuf> {
+    let is_there = |process: &PathBuf| {
+        std::fs::read_link(process.join("ns/mnt"))
+            .is_ok_and(|namespace| namespace.as_os_str() == mount_namespace)
+    };
+    all().filter(is_there).collect()
+}
+
 /// The agents that run in a mount namespace, as `/proc/PID` directories.
 ///
 /// An agent is known by its executable, which lies in the directory `kvm-clone` of a cache.
 /// ssh's own processes only have that path among their arguments.
 #[must_use]
 pub fn agents_in(mount_namespace: &OsStr) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    entries
-        .filter_map(Result::ok)
-        .map(|entry| entry.path())
-        .filter(|process| {
-            let link = |name| std::fs::read_link(process.join(name)).ok();
-            link("ns/mnt").is_some_and(|namespace| namespace.as_os_str() == mount_namespace)
-                && link("exe")
-                    .is_some_and(|exe| exe.to_string_lossy().contains("/kvm-clone/agent-"))
-        })
-        .collect()
+    let mut found = processes_in(mount_namespace);
+    found.retain(|process| {
+        std::fs::read_link(process.join("exe"))
+            .is_ok_and(|exe| exe.to_string_lossy().contains("/kvm-clone/agent-"))
+    });
+    found
 }
 
 /// The ssh clients that were given this configuration file, as `/proc/PID` directories.
 #[must_use]
-pub fn ssh_clients_of(config: &std::path::Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
-    };
+pub fn ssh_clients_of(config: &Path) -> Vec<PathBuf> {
     let config = config.as_os_str().as_encoded_bytes();
+    let is_ours = |process: &PathBuf| {
+        let words = arguments(process);
+        is_ssh(&words) && words.iter().any(|word| word == config)
+    };
+    all().filter(is_ours).collect()
+}
+
+/// Whether this is the command line of an ssh client.
+#[must_use]
+pub fn is_ssh(words: &[Vec<u8>]) -> bool {
+    let program = words.first();
+    program.is_some_and(|program| program == b"ssh" || program.ends_with(b"/ssh"))
+}
+
+/// The command line of a process; empty when it is gone.
+#[must_use]
+pub fn arguments(process: &Path) -> Vec<Vec<u8>> {
+    let line = std::fs::read(process.join("cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect()
+}
+
+/// Kills a process with SIGKILL; false when it was gone.
+///
+/// # Panics
+/// When this is no `/proc/PID` directory.
+pub fn kill(process: &Path) -> bool {
+    let id = process.file_name().and_then(OsStr::to_str);
+    let id = id.and_then(|id| id.parse().ok()).expect("a /proc/PID");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), Signal::SIGKILL).is_ok()
+}
+
+fn all() -> impl Iterator<Item = PathBuf> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
     entries
         .filter_map(Result::ok)
+        .filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit())
         .map(|entry| entry.path())
-        .filter(|process| {
-            let command = std::fs::read(process.join("cmdline")).unwrap_or_default();
-            let mut words = command.split(|byte| *byte == 0);
-            let program = words.next().unwrap_or_default();
-            program.ends_with(b"ssh") && words.any(|word| word == config)
-        })
-        .collect()
 }
 
 /// The most memory that a process ever had resident, in bytes; `None` once it has ended.
-fn peak_resident(process: &std::path::Path) -> Option<u64> {
+fn peak_resident(process: &Path) -> Option<u64> {
     let status = std::fs::read_to_string(process.join("status")).ok()?;
     let line = status
         .lines()

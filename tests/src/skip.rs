@@ -7,6 +7,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
+use std::path::Path;
 
 /// What the laboratory runs; `tests/run` installs the packages that hold them.
 const TOOLS: [&str; 12] = [
@@ -59,6 +60,14 @@ const VM_TOOLS: [&str; 14] = [
 pub fn vm_obstacle() -> Option<String> {
     let missing = || VM_TOOLS.iter().find(|tool| find_tool(tool).is_none());
     obstacle().or_else(|| missing().map(|tool| format!("{tool} is not installed")))
+}
+
+/// Why no disk can be recorded here, if so.
+#[must_use]
+pub fn recording_obstacle() -> Option<String> {
+    let fuse = Path::new("/dev/fuse");
+    let without = || (!fuse.exists()).then(|| "this machine has no /dev/fuse".to_owned());
+    obstacle().or_else(without)
 }
 
 /// Says that the running test is skipped, and why.

@@ -1,5 +1,7 @@
 //! The laboratory itself: hosts are what the other tests take them for.
 
+use std::path::Path;
+
 use kvm_clone_tests::image::{self, MIB, Piece};
 use kvm_clone_tests::lab::LabSpec;
 use kvm_clone_tests::mount::Kind;
@@ -26,7 +28,8 @@ fn each_host_has_a_home_and_a_shell_of_its_own_and_shares_the_disks() {
     ssh(
         &lab,
         "hvA",
-        "echo hello >/root/a; echo >/tmp/t; echo >/var/tmp/t; echo >/dev/shm/t",
+        "echo hello >/root/a; echo >/tmp/t; echo >/var/tmp/t; echo >/dev/shm/t; \
+         echo >/var/lib/kvm-clone/t",
     );
     assert_eq!(
         std::fs::read_to_string(lab.a.home().join("a")).unwrap(),
@@ -36,10 +39,12 @@ fn each_host_has_a_home_and_a_shell_of_its_own_and_shares_the_disks() {
         ssh(
             &lab,
             "hvB",
-            "ls /root /tmp /var/tmp /dev/shm | grep -c '^[at]$' || :"
+            "ls /root /tmp /var/tmp /dev/shm /var/lib/kvm-clone | grep -c '^[at]$' || :"
         ),
         "0"
     );
+    assert!(lab.a.state().join("t").exists());
+    assert!(!Path::new("/var/lib/kvm-clone/t").exists());
     assert_eq!(ssh(&lab, "hvA", "echo $0"), "bash");
     assert!(ssh(&lab, "hvB", "echo $0").ends_with("dash"));
     assert_eq!(

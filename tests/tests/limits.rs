@@ -11,7 +11,7 @@ use kvm_clone_tests::image::{self, MIB, Piece};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
-use kvm_clone_tests::process::wait_for;
+use kvm_clone_tests::process::{kill, wait_for};
 use nix::sys::signal::Signal;
 
 /// The rate of the test: `20M`, in bytes a second.
@@ -171,14 +171,7 @@ fn agents_that_are_killed_end_the_run_with_an_error() {
     };
     let running = started(&lab, Journey::Relay, &source, &copy);
     for agent in lab.b.agents() {
-        let id = agent
-            .file_name()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .parse()
-            .unwrap();
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), Signal::SIGKILL);
+        kill(&agent);
     }
     let run = running.wait();
     run.expect_failure(6, &["interrupted"], "hvB");

@@ -8,7 +8,7 @@ use std::ptr;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::libc;
 
-use super::Disk;
+use super::image::Image;
 
 /// The page size that residency is counted in; larger pages only make the answer coarser.
 const PAGE: usize = 4096;
@@ -20,7 +20,7 @@ pub(super) struct Cold {
     resident: Vec<u8>,
 }
 
-impl Disk {
+impl Image {
     /// Switches off the kernel's own read-ahead, which would reach into the next window and make
     /// it look as if it had been in the cache before: windows are read ahead one by one instead.
     pub(super) fn read_in_windows(&self) {
@@ -30,7 +30,7 @@ impl Disk {
     /// Looks which pages of a window are in the cache, and has the others read. `None` when all
     /// are there, or the kernel does not tell.
     pub(super) fn warm_up(&self, offset: u64, len: u64) -> Option<Cold> {
-        let resident = residency(&self.file, offset, len).ok()?;
+        let resident = residency(self.file.as_file(), offset, len).ok()?;
         if resident.iter().all(|page| page & 1 == 1) {
             return None;
         }
@@ -107,7 +107,7 @@ mod tests {
 
     use super::*;
     use crate::compress::Compressor;
-    use crate::disk::{Scratch, SessionContext, Target, open};
+    use crate::disk::{Disk, Scratch, SessionContext, Target, open};
 
     const SIZE: u64 = 4 << 20;
 
@@ -117,10 +117,10 @@ mod tests {
         let mut file = File::create_new(&path).unwrap();
         file.write_all(&[7; 4 << 20]).unwrap();
         file.sync_all().unwrap();
-        let Target::Open(disk) = open(&path, Access::Source).unwrap() else {
+        let Target::Readable(image) = open(&path, Access::Source).unwrap() else {
             panic!("the file was just made");
         };
-        disk.drop_cache();
+        image.drop_cache();
         if residency(&file, 0, SIZE)
             .unwrap()
             .iter()
@@ -134,7 +134,9 @@ mod tests {
             digester: Digester::new(HashKind::Xxh3, Seed([0; 32])),
             compressor: &compressor,
         };
-        std::os::unix::fs::FileExt::read_exact_at(&disk.file, &mut [0; 1 << 20], 0).unwrap();
+        let start = &mut [0; 1 << 20];
+        assert_eq!(image.file.read_full_at(start, 0).unwrap(), 1 << 20);
+        let disk = Disk::of(image);
         let before = residency(&file, 0, SIZE).unwrap();
         assert_eq!(before.iter().filter(|page| **page & 1 == 1).count(), 256);
         for first in [0, 32] {

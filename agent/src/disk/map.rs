@@ -8,7 +8,7 @@ use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-use super::Disk;
+use super::image::Image;
 use crate::failure::Failure;
 
 /// A part of a disk's map.
@@ -19,7 +19,7 @@ pub(super) struct Map {
     pub(super) data_bytes: u64,
 }
 
-impl Disk {
+impl Image {
     /// The runs from block `from` on. What lies past the end of the file is a hole. A file system
     /// or device that cannot tell its holes is data throughout: zeros are then found by looking.
     pub(super) fn map(&self, from: u64, geometry: Geometry) -> Result<Map, Failure> {
@@ -82,7 +82,7 @@ impl Disk {
 
 impl Map {
     /// Appends a run, joined with the one before where they are alike.
-    fn push(&mut self, kind: RunKind, count: u64) {
+    pub(super) fn push(&mut self, kind: RunKind, count: u64) {
         match self.runs.last_mut() {
             _ if count == 0 => {}
             Some(last) if last.kind == kind => last.count += count,

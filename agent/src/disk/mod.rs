@@ -1,45 +1,70 @@
 //! Disks: regular files and block devices, as sources and as destinations.
 //!
-//! A [`Disk`] is shared by the worker threads; every operation names its offset, so the file's
-//! own position is used by `map` alone.
+//! ```text
+//!  Disk ─┬─ Image      a file or device: read, write, map, cache
+//!        └─ Overlay    blocks that wait beside it: stage + journal         (staged)
+//!  Destination         how changes get in, when they count, and what is left of them
+//!  Run, recover        what this host remembers of unfinished runs, and how they are ended
+//! ```
 
+mod attributes;
 mod cache;
 mod claims;
+mod commit;
+mod destination;
+mod file;
 mod holders;
+mod image;
+mod journal;
 mod kernel;
 mod locks;
 mod map;
+mod names;
+mod overlay;
 mod read;
-mod stage;
+mod recover;
+mod reread;
+mod run;
+mod slots;
+mod state;
 mod storage;
+#[cfg(test)]
+mod stories;
 mod write;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvm_clone_protocol::digest::Digester;
-use kvm_clone_protocol::message::{Access, DiskKind, FailureCode, Identity, Opened};
-use kvm_clone_protocol::sync::{DiskDone, DiskOp};
-use kvm_clone_protocol::units::Geometry;
+use bytes::Bytes;
+use kvm_clone_protocol::digest::{Content, DIGEST_LEN, Digester};
+use kvm_clone_protocol::message::{Access, DiskKind, Encoding, FailureCode, Opened};
+use kvm_clone_protocol::sync::{DiskDone, DiskOp, WriteBlock, push_content};
+use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use nix::libc;
 
 use crate::compress::Compressor;
 use crate::failure::Failure;
+pub(crate) use destination::Destination;
+use file::DiskFile;
+pub(crate) use image::{Image, Version};
+use journal::Entry;
+use overlay::Overlay;
+use read::Missing;
 pub(crate) use read::Scratch;
-pub(crate) use stage::Stage;
+pub(crate) use recover::{forward, recover, settle};
+pub(crate) use run::Run;
 
-/// An open disk.
+/// What a session runs on.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    file: File,
-    /// As the user named it: what messages say.
-    path: PathBuf,
-    is_device: bool,
-    /// Blocks that were never written read as zeros and occupy nothing: a file that this session
-    /// made.
-    is_fresh: bool,
+    image: Arc<Image>,
+    overlay: Option<Overlay>,
+    /// Something was changed, or waits to be.
+    is_changed: AtomicBool,
 }
 
 /// What every operation of a session needs to know.
@@ -51,6 +76,23 @@ pub(crate) struct SessionContext<'a> {
 }
 
 impl Disk {
+    /// A disk that is read, or changed where it is.
+    pub(crate) fn of(image: Arc<Image>) -> Self {
+        Self {
+            image,
+            overlay: None,
+            is_changed: AtomicBool::new(false),
+        }
+    }
+
+    /// A disk whose changes wait beside it.
+    fn with_overlay(image: Arc<Image>, overlay: Overlay) -> Self {
+        Self {
+            overlay: Some(overlay),
+            ..Self::of(image)
+        }
+    }
+
     /// Does what a session asks.
     ///
     /// # Errors
@@ -63,7 +105,11 @@ impl Disk {
     ) -> Result<DiskDone, Failure> {
         match op {
             DiskOp::Map { from } => {
-                let map = self.map(from, context.geometry)?;
+                let map = self.image.map(from, context.geometry)?;
+                let map = match &self.overlay {
+                    Some(overlay) => overlay.add_to(map, from)?,
+                    None => map,
+                };
                 Ok(DiskDone::Mapped {
                     runs: map.runs,
                     data_bytes: map.data_bytes,
@@ -74,124 +120,152 @@ impl Disk {
                 expected,
                 ship,
             } => self
+                .image
                 .compare(run, &expected, ship, context, scratch)
                 .map(DiskDone::Compared),
             DiskOp::Digest { run } => self.digest(run, context, scratch).map(DiskDone::Digested),
             DiskOp::Write { blocks } => {
                 self.write(&blocks, context, scratch).map(DiskDone::Written)
             }
-            DiskOp::Zero { run } => self.zero(run, context.geometry).map(|()| DiskDone::Zeroed),
+            DiskOp::Zero { run } => {
+                self.zero(run, context.geometry)?;
+                Ok(DiskDone::Zeroed)
+            }
             DiskOp::Trim { run } => {
-                self.trim(run, context.geometry);
+                // Space that is given back is a change too, or a copy would be let go with it.
+                self.is_changed.store(true, Ordering::Release);
+                match &self.overlay {
+                    Some(overlay) => overlay.zero(run, context.geometry)?,
+                    None => self.image.trim(run, context.geometry),
+                }
                 Ok(DiskDone::Zeroed)
             }
         }
     }
 
-    /// Size in bytes.
-    pub(crate) fn size(&self) -> Result<u64, Failure> {
-        if self.is_device {
-            // The length that stat gives for a device node is zero; its end is where it says.
-            io::Seek::seek(&mut &self.file, io::SeekFrom::End(0))
-                .map_err(|error| self.failed("measuring", &error))
-        } else {
-            self.metadata().map(|metadata| metadata.len())
-        }
+    /// The image underneath.
+    pub(crate) fn image(&self) -> &Image {
+        &self.image
     }
 
-    /// Fails unless the disk is as large, and was last written, as when it was opened.
-    pub(crate) fn check_unchanged(&self, opened: &Version) -> Result<(), Failure> {
-        let now = self.version()?;
-        if now.size != opened.size {
-            let (path, was, is) = (self.path.display(), opened.size, now.size);
-            let message = format!("{path} changed its size from {was} to {is} bytes meanwhile");
-            return Err(Failure::new(FailureCode::Io, message));
-        }
-        let counts = now.written.zip(opened.written);
-        if now.modified != opened.modified || counts.is_some_and(|(now, then)| now != then) {
-            let message = format!("{} was written to while it was read", self.path.display());
-            return Err(Failure::new(FailureCode::Io, message));
+    /// Whether a session has changed anything.
+    fn is_changed(&self) -> bool {
+        self.is_changed.load(Ordering::Acquire)
+    }
+
+    fn digest(
+        &self,
+        run: BlockRun,
+        context: &SessionContext<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<Bytes, Failure> {
+        let blocks = usize::try_from(run.count).expect("at most a window");
+        let mut digests = Vec::with_capacity(blocks * DIGEST_LEN);
+        let waiting = match &self.overlay {
+            Some(overlay) => overlay.waiting(run)?.map(|entries| (overlay, entries)),
+            None => None,
+        };
+        self.image.read_blocks(
+            run,
+            context.geometry,
+            &mut scratch.block,
+            Missing::Zeros,
+            |index, block| {
+                if let Some((overlay, entries)) = &waiting {
+                    let at = usize::try_from(index - run.first).expect("at most a window");
+                    self.look_through(overlay, index, entries[at], block)?;
+                }
+                push_content(&mut digests, &context.digester.content(block));
+                Ok(())
+            },
+        )?;
+        Ok(digests.into())
+    }
+
+    /// Puts what waits for a block over what was read of the image.
+    fn look_through(
+        &self,
+        overlay: &Overlay,
+        index: u64,
+        entry: Entry,
+        block: &mut [u8],
+    ) -> Result<(), Failure> {
+        if entry != Entry::None && !overlay.replace(index, entry, block)? {
+            self.image
+                .read_block(block, index * BLOCK_SIZE, Missing::Zeros)?;
         }
         Ok(())
     }
 
-    /// What [`check_unchanged`](Self::check_unchanged) compares with.
-    pub(crate) fn version(&self) -> Result<Version, Failure> {
-        let metadata = self.metadata()?;
-        // The times of a device node say nothing about its contents.
-        let modified = (!self.is_device).then(|| (metadata.mtime(), metadata.mtime_nsec()));
-        Ok(Version {
-            size: self.size()?,
-            modified,
-            written: storage::write_count(&self.file, &metadata),
-        })
-    }
-
-    fn metadata(&self) -> Result<Metadata, Failure> {
-        self.file
-            .metadata()
-            .map_err(|error| self.failed("examining", &error))
-    }
-
-    fn identity(&self) -> Result<Identity, Failure> {
-        let metadata = self.metadata()?;
-        Ok(if self.is_device {
-            Identity {
-                device: 0,
-                inode: metadata.rdev(),
+    /// Writes the blocks; returns what each now holds, from the very bytes that were written.
+    fn write(
+        &self,
+        blocks: &[WriteBlock],
+        context: &SessionContext<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Content>, Failure> {
+        self.is_changed.store(true, Ordering::Release);
+        let mut contents = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let len = context.geometry.block_len(block.index);
+            let bytes = match block.encoding {
+                Encoding::Raw => &block.payload[..],
+                Encoding::Zstd => {
+                    write::decompress(block, &mut scratch.block[..len], &mut scratch.decompressor)?
+                }
+            };
+            contents.push(context.digester.content(bytes));
+            match &self.overlay {
+                Some(overlay) => overlay.put(block.index, bytes)?,
+                None => self.image.write_block(block.index * BLOCK_SIZE, bytes)?,
             }
-        } else {
-            Identity {
-                device: metadata.dev(),
-                inode: metadata.ino(),
-            }
-        })
+        }
+        let written = match &self.overlay {
+            Some(overlay) => overlay.stage(),
+            None => &self.image,
+        };
+        written.start_writeback(blocks);
+        Ok(contents)
     }
 
-    fn failed(&self, doing: &str, error: &io::Error) -> Failure {
-        Failure::io(doing, &self.path, error)
-    }
-
-    fn failed_at(&self, doing: &str, offset: u64, error: &io::Error) -> Failure {
-        Failure::io_at(doing, &self.path, offset, error)
+    fn zero(&self, run: BlockRun, geometry: Geometry) -> Result<(), Failure> {
+        self.is_changed.store(true, Ordering::Release);
+        match &self.overlay {
+            Some(overlay) => overlay.zero(run, geometry),
+            None => self.image.zero(run, geometry),
+        }
     }
 }
 
-/// Size and last modification of a disk, or what has been written to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Version {
-    size: u64,
-    modified: Option<(i64, i64)>,
-    /// Of a device that counts.
-    written: Option<u64>,
-}
-
-/// A disk as the controller asked for it: open, or a destination that does not exist yet.
+/// A disk as the controller asked for it.
 #[derive(Debug)]
 pub(crate) enum Target {
-    Open(Disk),
-    Missing(Stage),
+    /// It is only read.
+    Readable(Arc<Image>),
+    /// It is to be made equal to a source; it need not exist.
+    Destination(Destination),
 }
 
 /// Opens what is at `path`.
 ///
 /// # Errors
-/// [`Failure`]: it does not exist, is no disk, is held by somebody else, or cannot be opened.
+/// [`Failure`]: it does not exist, is no disk, is held by somebody else, is being changed by an
+/// unfinished run, or cannot be opened.
 pub(crate) fn open(path: &Path, access: Access) -> Result<Target, Failure> {
     if !path.is_absolute() {
         let message = format!("{} is not an absolute path", path.display());
         return Err(Failure::new(FailureCode::Refused, message));
     }
-    match (std::fs::metadata(path), access) {
-        (Ok(metadata), _) => open_existing(path, &metadata, access).map(Target::Open),
-        (Err(error), Access::Destination) if error.kind() == io::ErrorKind::NotFound => {
-            Stage::beside(path).map(Target::Missing)
-        }
-        (Err(error), _) => Err(Failure::io("opening", path, &error)),
+    if access == Access::Destination {
+        return Destination::open(path).map(Target::Destination);
     }
+    commit::check_whole(path, access)?;
+    let metadata = std::fs::metadata(path).map_err(|error| Failure::io("opening", path, &error))?;
+    let image = open_image(path, &metadata, access)?;
+    Ok(Target::Readable(Arc::new(image)))
 }
 
-fn open_existing(path: &Path, metadata: &Metadata, access: Access) -> Result<Disk, Failure> {
+fn open_image(path: &Path, metadata: &Metadata, access: Access) -> Result<Image, Failure> {
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let what = if kind.is_dir() {
@@ -203,14 +277,14 @@ fn open_existing(path: &Path, metadata: &Metadata, access: Access) -> Result<Dis
         return Err(Failure::new(FailureCode::Refused, message));
     }
     let is_device = kind.is_block_device();
-    let disk = Disk {
-        file: holders::patiently(|| claim(path, access, is_device))?,
+    let image = Image {
+        file: DiskFile::new(holders::patiently(|| claim(path, access, is_device))?),
         path: path.to_owned(),
         is_device,
         is_fresh: false,
     };
-    disk.read_in_windows();
-    Ok(disk)
+    image.read_in_windows();
+    Ok(image)
 }
 
 /// Opens a disk that nobody else has in use, and holds it against others for as long as it is
@@ -239,34 +313,30 @@ fn claim(path: &Path, access: Access, is_device: bool) -> Result<File, Failure> 
     Err(Failure::new(FailureCode::Busy, message))
 }
 
-impl Target {
-    /// The answer to the controller.
-    ///
-    /// # Errors
-    /// [`Failure`] when the disk cannot be examined.
-    pub(crate) fn describe(&self, disk: u32) -> Result<Opened, Failure> {
-        match self {
-            Self::Open(open) => Ok(Opened {
-                disk,
-                kind: if open.is_device {
-                    DiskKind::Device
-                } else {
-                    DiskKind::File
-                },
-                size: open.size()?,
-                identity: Some(open.identity()?),
-                resumed: false,
-            }),
-            Self::Missing(stage) => {
-                let left = stage.left_over()?;
-                Ok(Opened {
-                    disk,
-                    kind: DiskKind::Missing,
-                    size: left.unwrap_or(0),
-                    identity: None,
-                    resumed: left.is_some(),
-                })
-            }
-        }
+/// The answer to the controller about what is there.
+///
+/// # Errors
+/// [`Failure`] when it cannot be examined.
+pub(crate) fn describe(image: &Image, disk: u32) -> Result<Opened, Failure> {
+    Ok(Opened {
+        disk,
+        kind: if image.is_device {
+            DiskKind::Device
+        } else {
+            DiskKind::File
+        },
+        size: image.size()?,
+        identity: Some(image.identity()?),
+        resumed: false,
+        storage: storage::name(&image.metadata()?).unwrap_or_default(),
+    })
+}
+
+/// A failure about a path, unless it only is not there.
+fn found<T>(result: io::Result<T>, doing: &str, path: &Path) -> Result<Option<T>, Failure> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Failure::io(doing, path, &error)),
     }
 }

@@ -26,7 +26,6 @@ const BY_SOURCE: [&[u8]; 8] = [
 const BY_DEVICE: [&[u8]; 2] = [b"gfs2", b"ocfs2"];
 
 /// The name of the storage that a disk is on, where it has one.
-#[expect(dead_code, reason = "the message Opened is to carry it")]
 pub(super) fn name(metadata: &Metadata) -> Option<Vec<u8>> {
     let (kernel, node) = (Kernel::running(), Node::of(metadata));
     match node.stands_for {

@@ -1,18 +1,18 @@
 //! Writing blocks, and making holes.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
-use kvm_clone_protocol::digest::{Content, is_zero};
-use kvm_clone_protocol::message::{Encoding, FailureCode};
+use kvm_clone_protocol::digest::is_zero;
+use kvm_clone_protocol::message::FailureCode;
 use kvm_clone_protocol::sync::{RunKind, WriteBlock};
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::FallocateFlags;
 use nix::libc;
 
-use super::{Disk, Scratch, SessionContext};
+use super::image::Image;
 use crate::failure::Failure;
 
 /// The grain of holes inside a block: the block size of the usual file systems.
@@ -21,32 +21,9 @@ const GRAIN: usize = 4096;
 /// Zeros to write where no hole can be had.
 static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
 
-impl Disk {
-    /// Writes the blocks; returns what each now holds, from the very bytes that were written.
-    pub(super) fn write(
-        &self,
-        blocks: &[WriteBlock],
-        context: &SessionContext<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<Vec<Content>, Failure> {
-        let mut contents = Vec::with_capacity(blocks.len());
-        for block in blocks {
-            let len = context.geometry.block_len(block.index);
-            let bytes = match block.encoding {
-                Encoding::Raw => &block.payload[..],
-                Encoding::Zstd => {
-                    decompress(block, &mut scratch.block[..len], &mut scratch.decompressor)?
-                }
-            };
-            contents.push(context.digester.content(bytes));
-            self.write_block(block.index * BLOCK_SIZE, bytes)?;
-        }
-        self.start_writeback(blocks);
-        Ok(contents)
-    }
-
+impl Image {
     /// Writes a block with its zero pages as holes.
-    fn write_block(&self, offset: u64, bytes: &[u8]) -> Result<(), Failure> {
+    pub(super) fn write_block(&self, offset: u64, bytes: &[u8]) -> Result<(), Failure> {
         if self.is_device {
             return self.write_all(offset, bytes);
         }
@@ -85,15 +62,15 @@ impl Disk {
     pub(super) fn trim(&self, run: BlockRun, geometry: Geometry) {
         if !self.is_device {
             let (offset, len) = geometry.byte_range(run);
-            let _ = self.fallocate(punch(), offset, len);
+            let _ = self.file.allocate(punch(), offset, len);
         }
     }
 
-    fn make_hole(&self, offset: u64, len: u64) -> Result<(), Failure> {
+    pub(super) fn make_hole(&self, offset: u64, len: u64) -> Result<(), Failure> {
         if self.is_fresh {
             return Ok(());
         }
-        match self.fallocate(punch(), offset, len) {
+        match self.file.allocate(punch(), offset, len) {
             Ok(()) => Ok(()),
             Err(Errno::EOPNOTSUPP) => {
                 // Past the end there is nothing to overwrite; the final length makes it zeros.
@@ -110,30 +87,13 @@ impl Disk {
         // Devices take whole sectors; the short last block may end inside one.
         let whole = len / GRAIN as u64 * GRAIN as u64;
         for flags in [punch(), FallocateFlags::FALLOC_FL_ZERO_RANGE | keep_size()] {
-            match self.fallocate(flags, offset, whole) {
+            match self.file.allocate(flags, offset, whole) {
                 Ok(()) => return self.write_zeros(offset + whole, len - whole),
                 Err(Errno::EOPNOTSUPP | Errno::EINVAL) => {}
                 Err(error) => return Err(self.failed_at("zeroing", offset, &error.into())),
             }
         }
         self.write_zeros(offset, len)
-    }
-
-    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> nix::Result<()> {
-        let overflow = |_| Errno::EFBIG;
-        let (offset, len) = (
-            i64::try_from(offset).map_err(overflow)?,
-            i64::try_from(len).map_err(overflow)?,
-        );
-        if len == 0 {
-            return Ok(());
-        }
-        loop {
-            match fallocate(self.file.as_fd(), flags, offset, len) {
-                Err(Errno::EINTR) => {}
-                result => return result,
-            }
-        }
     }
 
     fn write_zeros(&self, mut offset: u64, mut len: u64) -> Result<(), Failure> {
@@ -154,7 +114,7 @@ impl Disk {
 
     /// Has the kernel start writing to the disk now, so that the fsync at the end finds little
     /// left to do.
-    fn start_writeback(&self, blocks: &[WriteBlock]) {
+    pub(super) fn start_writeback(&self, blocks: &[WriteBlock]) {
         let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else {
             return;
         };
@@ -171,6 +131,48 @@ impl Disk {
                 );
             }
         }
+    }
+
+    /// Makes a file long enough before anything is written to it: a file that grows write by
+    /// write is given space ahead by xfs, which stays in its holes.
+    pub(super) fn grow(&self, geometry: Geometry) -> Result<(), Failure> {
+        if self.is_device || self.size()? >= geometry.size() {
+            return Ok(());
+        }
+        self.file
+            .set_len(geometry.size())
+            .map_err(|error| self.failed("extending", &error))
+    }
+
+    /// Gives a destination its final length, makes everything durable, and lets go of the page
+    /// cache that a new file filled.
+    pub(super) fn finish(&self, geometry: Geometry) -> Result<(), Failure> {
+        if !self.is_device {
+            if self.size()? != geometry.size() {
+                self.file
+                    .set_len(geometry.size())
+                    .map_err(|error| self.failed("setting the length of", &error))?;
+            }
+            if !self.is_fresh {
+                self.punch_preallocated(geometry)?;
+            }
+        }
+        self.file
+            .sync()
+            .map_err(|error| self.failed("syncing", &error))?;
+        if self.is_fresh {
+            self.drop_cache();
+        }
+        Ok(())
+    }
+
+    /// Whether no byte of a run occupies space.
+    pub(super) fn is_hole(&self, run: BlockRun, geometry: Geometry) -> Result<bool, Failure> {
+        let map = self.map(run.first, geometry)?;
+        Ok(map
+            .runs
+            .first()
+            .is_some_and(|first| first.kind == RunKind::Hole && first.count >= run.count))
     }
 
     /// Punches the holes of a file that is preallocated: they read as zeros but occupy space,
@@ -203,16 +205,16 @@ impl Disk {
     }
 }
 
-fn keep_size() -> FallocateFlags {
+pub(super) fn keep_size() -> FallocateFlags {
     FallocateFlags::FALLOC_FL_KEEP_SIZE
 }
 
-fn punch() -> FallocateFlags {
+pub(super) fn punch() -> FallocateFlags {
     FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep_size()
 }
 
 /// Decompresses a block into `out`, which bounds what a hostile frame can make of it.
-fn decompress<'a>(
+pub(super) fn decompress<'a>(
     block: &WriteBlock,
     out: &'a mut [u8],
     decompressor: &mut Option<zstd::bulk::Decompressor<'static>>,

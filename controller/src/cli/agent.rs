@@ -6,11 +6,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use clap::Subcommand;
 use serde::Serialize;
 
-use super::{App, combined, side_by_side};
+use super::App;
+use super::answers::{Answer, report};
 use crate::agent_binary;
 use crate::endpoint::HostSpec;
-use crate::error::{Error, Result};
-use crate::host::{AgentConnection, DEFAULT_INSTALL_PATH, Host, Removed};
+use crate::error::Result;
+use crate::host::{AgentConnection, AgentPath, DEFAULT_INSTALL_PATH, Host, Removed, Unwanted};
 use crate::output;
 
 /// What can be done with agents.
@@ -28,8 +29,11 @@ pub(super) enum Command {
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<HostSpec>,
     },
-    /// Remove all agents that transfers have copied to the hosts
+    /// Remove the agents that transfers have copied to the hosts
     Remove {
+        /// Keep the one of this release, and remove what other releases and broken uploads left
+        #[arg(long)]
+        old: bool,
         /// Host: [USER@]NAME[:PORT], an alias of the ssh configuration, or "local"
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<HostSpec>,
@@ -45,46 +49,10 @@ pub(super) enum Command {
     },
 }
 
-/// What scripts get.
-#[derive(Debug, Serialize)]
-struct Report<T> {
-    operation: &'static str,
-    success: bool,
-    hosts: Vec<Answer<T>>,
-}
-
-/// One host, of several in an answer.
-#[derive(Debug, Serialize)]
-struct Answer<T> {
-    host: String,
-    #[serde(flatten)]
-    answer: Option<T>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<Failure>,
-}
-
-/// The error of one host; the whole of it goes to standard error.
-#[derive(Debug, Serialize)]
-struct Failure {
-    code: crate::error::ErrorCode,
-    message: String,
-    hint: Option<String>,
-}
-
-impl From<&Error> for Failure {
-    fn from(error: &Error) -> Self {
-        Self {
-            code: error.code(),
-            message: error.one_line(),
-            hint: error.hint_text().map(str::to_owned),
-        }
-    }
-}
-
 /// An agent that answered.
 #[derive(Debug, Serialize)]
 struct Agent {
-    /// `copied`, `found` or `absent`.
+    /// `copied`, `found`, `absent`, or `forced`: authorized_keys names it.
     state: &'static str,
     path: Option<String>,
     release: Option<String>,
@@ -120,13 +88,14 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
             };
             report(app, "agent-status", hosts, status, agents_text).await
         }
-        Command::Remove { hosts } => {
+        Command::Remove { old, hosts } => {
+            let which = if old { Unwanted::Old } else { Unwanted::All };
             report(
                 app,
                 "agent-remove",
                 hosts,
-                |host| async move { host.remove_agents().await },
-                removed_text,
+                |host| async move { host.remove_agents(which).await },
+                |answers| removed_text(answers, which),
             )
             .await
         }
@@ -138,13 +107,17 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
 async fn about(agent: AgentConnection) -> Agent {
     let (welcome, versions) = (agent.welcome(), agent.versions());
     let matches = welcome.agent_digest == agent_binary::digest();
+    let path = agent.agent_path();
+    let forced = *path == AgentPath::Forced;
     let about = Agent {
-        state: if agent.was_copied() {
+        state: if forced {
+            "forced"
+        } else if agent.was_copied() {
             "copied"
         } else {
             "found"
         },
-        path: Some(agent.agent_path().display()),
+        path: (!forced).then(|| path.display()),
         release: Some(welcome.release.clone()),
         protocol_min: Some(versions.min),
         protocol_max: Some(versions.max),
@@ -169,48 +142,6 @@ fn absent() -> Agent {
         size: None,
         warnings: Vec::new(),
     }
-}
-
-/// Does `work` on every host, prints what came of it, and ends with the failures.
-async fn report<T, F>(
-    app: &App,
-    operation: &'static str,
-    specs: Vec<HostSpec>,
-    work: impl Fn(Host) -> F,
-    text: impl FnOnce(&[Answer<T>]) -> String,
-) -> Result<()>
-where
-    T: Serialize + Send + 'static,
-    F: Future<Output = Result<T>> + Send + 'static,
-{
-    let n_hosts = specs.len();
-    let hosts = specs.iter().map(|spec| app.host(spec)).collect();
-    let (mut answers, mut errors) = (Vec::new(), Vec::new());
-    for (host, answer) in side_by_side(hosts, work).await {
-        let name = host.to_string();
-        match answer {
-            Ok(answer) => answers.push(Answer {
-                host: name,
-                answer: Some(answer),
-                error: None,
-            }),
-            Err(error) => {
-                answers.push(Answer {
-                    host: name,
-                    answer: None,
-                    error: Some((&error).into()),
-                });
-                errors.push((host, error));
-            }
-        }
-    }
-    let report = Report {
-        operation,
-        success: errors.is_empty(),
-        hosts: answers,
-    };
-    output::print(&report, app.format(), || text(&report.hosts))?;
-    combined(errors, n_hosts)
 }
 
 fn agents_text(answers: &[Answer<Agent>]) -> String {
@@ -257,12 +188,16 @@ fn agents_text(answers: &[Answer<Agent>]) -> String {
     output::table_text(&table)
 }
 
-fn removed_text(answers: &[Answer<Removed>]) -> String {
+fn removed_text(answers: &[Answer<Removed>], which: Unwanted) -> String {
+    let none = match which {
+        Unwanted::All => "there was none",
+        Unwanted::Old => "there was no old one",
+    };
     let mut text = String::new();
     for Answer { host, answer, .. } in answers {
         let Some(removed) = answer else { continue };
         if removed.removed.is_empty() && removed.kept.is_empty() {
-            text += &format!("{host}: there was none\n");
+            text += &format!("{host}: {none}\n");
         }
         for file in &removed.removed {
             text += &format!("{host}: removed {file}\n");

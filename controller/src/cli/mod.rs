@@ -2,6 +2,7 @@
 //! this one parses, starts what they share, and turns their end into an exit status.
 
 mod agent;
+mod answers;
 mod config;
 mod demo;
 mod disk;
@@ -9,6 +10,7 @@ mod doctor;
 mod history;
 mod list;
 pub mod options;
+mod recover;
 mod vm;
 
 use std::ffi::OsString;
@@ -60,6 +62,8 @@ enum Command {
     /// Manage the agents on the hosts; transfers do so by themselves
     #[command(subcommand)]
     Agent(agent::Command),
+    /// Finish or roll back what broken runs have left on the hosts
+    Recover(recover::Arguments),
     /// Show the whole thing on a sample disk, and remove it again
     Demo {
         /// Copy the sample to this host; without it, from one file to another here
@@ -234,6 +238,7 @@ async fn run(app: &App, command: Command) -> Result<()> {
         Command::Demo { host } => demo::run(app, host).await,
         Command::List(args) => until_cancelled(app, list::run(app, args)).await,
         Command::History(args) => history::run(app, args),
+        Command::Recover(args) => until_cancelled(app, recover::run(app, args)).await,
         Command::Agent(command) => until_cancelled(app, agent::run(app, command)).await,
         Command::Doctor { hosts } => until_cancelled(app, doctor::run(app, hosts)).await,
         Command::Config(_) | Command::Completions { .. } | Command::Man { .. } => Err(Error::new(
@@ -390,7 +395,7 @@ mod tests {
             .unwrap()
             .render_long_help()
             .to_string();
-        for absent in ["--streams", "reflink", "reread", "--io ", "transfer-method"] {
+        for absent in ["--streams", "--io ", "transfer-method"] {
             assert!(!help.contains(absent), "{absent} in {help}");
         }
         for present in [

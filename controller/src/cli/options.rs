@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{ArgAction, Args, ValueEnum};
 use kvm_clone_protocol::digest::HashKind;
-use kvm_clone_protocol::message::Compression;
+use kvm_clone_protocol::message::{ApplyChoice, Compression};
 
 use crate::config::Config;
 use crate::endpoint::DiskSpec;
@@ -126,24 +126,22 @@ impl FromStr for RouteChoice {
     }
 }
 
-/// How changes get into a destination that exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ApplyChoice {
-    /// The safest way that this version has: in place.
-    #[default]
-    Auto,
-    /// Blocks are written where they belong.
-    Inplace,
-}
+/// [`ApplyChoice`] as it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ApplyArg(pub ApplyChoice);
 
-impl FromStr for ApplyChoice {
+impl FromStr for ApplyArg {
     type Err = BadValue;
 
     fn from_str(text: &str) -> Result<Self, BadValue> {
         match text {
-            "auto" => Ok(Self::Auto),
-            "inplace" => Ok(Self::Inplace),
-            _ => Err(BadValue("expected inplace or auto".to_owned())),
+            "auto" => Ok(Self(ApplyChoice::Auto)),
+            "inplace" => Ok(Self(ApplyChoice::Inplace)),
+            "staged" => Ok(Self(ApplyChoice::Staged)),
+            "reflink" => Ok(Self(ApplyChoice::Reflink)),
+            _ => Err(BadValue(
+                "expected auto, inplace, staged or reflink".to_owned(),
+            )),
         }
     }
 }
@@ -155,7 +153,8 @@ impl FromStr for Verification {
         match text {
             "streamed" => Ok(Self::Streamed),
             "none" => Ok(Self::None),
-            _ => Err(BadValue("expected none or streamed".to_owned())),
+            "reread" => Ok(Self::Reread),
+            _ => Err(BadValue("expected none, streamed or reread".to_owned())),
         }
     }
 }
@@ -249,11 +248,18 @@ pub struct TransferArgs {
     pub compress: Option<CompressChoice>,
     #[command(flatten)]
     pub compare: CompareArgs,
-    /// How to change a destination that exists [default: auto, which is inplace]
-    #[arg(long, value_name = "inplace|auto")]
-    pub apply: Option<ApplyChoice>,
-    /// How to check the result [default: streamed, both ends' root digests must agree]
-    #[arg(long, value_name = "none|streamed")]
+    /// How to change a destination that exists: staged (changes wait beside it until all are there),
+    /// reflink (they go into a copy that shares its blocks), inplace (torn until the run has
+    /// finished) [default: auto, reflink where the file system can, else staged]
+    #[arg(long, value_name = "auto|inplace|staged|reflink")]
+    pub apply: Option<ApplyArg>,
+    /// Directory on the destination host in which the changes of a block device wait [default:
+    /// /var/lib/kvm-clone]
+    #[arg(long, value_name = "DIR")]
+    pub stage_dir: Option<PathBuf>,
+    /// How to check the result: streamed (both ends' root digests must agree) or reread (and the
+    /// destination is read once more, past the page cache) [default: streamed]
+    #[arg(long, value_name = "none|streamed|reread")]
     pub verify: Option<Verification>,
     /// Compare and count, and write nothing
     #[arg(long)]
@@ -276,8 +282,7 @@ pub struct CompareArgs {
 }
 
 impl TransferArgs {
-    /// The command line, over the configuration, over the defaults; `method` is the command's. There
-    /// is one way to apply, so that decides nothing yet.
+    /// The command line, over the configuration, over the defaults; `method` is the command's.
     pub fn resolve(&self, config: &Config, method: MethodChoice) -> Options {
         let default = Options::default();
         Options {
@@ -290,6 +295,11 @@ impl TransferArgs {
                 .compress
                 .or(config.compress)
                 .map_or(default.compression, |choice| choice.0),
+            apply: self
+                .apply
+                .or(config.apply)
+                .map_or(default.apply, |choice| choice.0),
+            stage_dir: self.stage_dir.clone(),
             verify: self.verify.unwrap_or(default.verify),
             ..self.compare.resolve(config)
         }

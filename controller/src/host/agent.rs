@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvm_clone_protocol::frame;
-use kvm_clone_protocol::message::{Control, Hello, Message, Welcome};
+use kvm_clone_protocol::message::{Alive, Control, Hello, Message, Welcome};
 use kvm_clone_protocol::preamble::{self, Preamble, PreambleError, SUPPORTED, Versions};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::ChildStdin;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::deploy::Expected;
 use super::session::{Session, SessionOutput};
@@ -16,6 +19,13 @@ use crate::error::{Error, ErrorCode, Result};
 
 /// How long an agent that was started may take to say hello: it starts in milliseconds.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often the agent hears from us where there is nothing else to say.
+const BEAT: Duration = Duration::from_secs(5);
+
+/// An agent that has not sent a byte for this long is taken for dead: four of its own beats, and
+/// well below the 30 seconds within which a run must end.
+const SILENCE: Duration = Duration::from_secs(20);
 
 /// How long a connection that was closed may take to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,11 +50,12 @@ struct About {
     warnings: Vec<String>,
 }
 
-/// The writing half.
+/// The writing half: a task that also says something when there is nothing to say, whatever this
+/// program waits for meanwhile. It ends, and with it the connection, when this is dropped.
 #[derive(Debug)]
 pub struct AgentSender {
     host: Host,
-    stdin: ChildStdin,
+    frames: mpsc::UnboundedSender<Bytes>,
 }
 
 /// The reading half; it owns the process.
@@ -52,6 +63,8 @@ pub struct AgentSender {
 pub struct AgentReceiver {
     host: Host,
     output: SessionOutput,
+    /// When the last byte came.
+    heard: Instant,
 }
 
 /// Why no agent came of a session: whose fault it is.
@@ -118,13 +131,11 @@ impl AgentConnection {
             )
         })?;
         let warnings = noise_warning(&session);
-        let mut sender = AgentSender {
-            host: host.clone(),
-            stdin: session.stdin,
-        };
+        let mut sender = AgentSender::new(host.clone(), session.stdin);
         let mut receiver = AgentReceiver {
             host: host.clone(),
             output: session.output,
+            heard: Instant::now(),
         };
         let hello = Hello {
             release: env!("CARGO_PKG_VERSION").to_owned(),
@@ -221,11 +232,13 @@ impl AgentConnection {
             about,
         } = self;
         drop(sender);
+        let patience = if receiver.is_silent() {
+            Duration::ZERO
+        } else {
+            CLOSE_TIMEOUT
+        };
         let child = &mut receiver.output.child;
-        if tokio::time::timeout(CLOSE_TIMEOUT, child.wait())
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(patience, child.wait()).await.is_err() {
             tracing::debug!(host = %about.host, "the control connection does not end; killing it");
             let _ = child.kill().await;
         }
@@ -240,12 +253,35 @@ impl AgentSender {
     pub async fn send<M: Message>(&mut self, message: &M) -> Result<()> {
         let frame = message.frame()?.encode();
         tracing::trace!(host = %self.host, kind = ?M::KIND, "sent");
-        let sent = async {
-            self.stdin.write_all(&frame).await?;
-            self.stdin.flush().await
+        self.frames.send(frame).map_err(|_| lost(&self.host))
+    }
+
+    fn new(host: Host, stdin: ChildStdin) -> Self {
+        let (frames, queue) = mpsc::unbounded_channel();
+        tokio::spawn(write(stdin, queue));
+        Self { host, frames }
+    }
+}
+
+/// Writes what is queued, and a sign of life where nothing is. A connection that broke shows in
+/// what is read.
+async fn write(mut stdin: ChildStdin, mut queue: mpsc::UnboundedReceiver<Bytes>) {
+    loop {
+        let frame = match tokio::time::timeout(BEAT, queue.recv()).await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return,
+            Err(_) => match (Alive {}).frame() {
+                Ok(frame) => frame.encode(),
+                Err(_) => return,
+            },
         };
-        sent.await
-            .map_err(|error| lost(&self.host).caused_by(error))
+        let written = async {
+            stdin.write_all(&frame).await?;
+            stdin.flush().await
+        };
+        if written.await.is_err() {
+            return;
+        }
     }
 }
 
@@ -259,12 +295,33 @@ impl AgentReceiver {
         loop {
             if let Some(frame) = frame::decode(&mut self.output.buffer)? {
                 tracing::trace!(host = %self.host, kind = ?frame.kind, "received");
-                return Ok(Control::read(&frame)?);
+                match Control::read(&frame)? {
+                    Control::Alive(Alive {}) => continue,
+                    message => return Ok(message),
+                }
             }
-            if !self.output.fill().await? {
-                return Err(self.ended().await);
+            let silent = tokio::time::sleep_until(self.heard + SILENCE);
+            tokio::select! {
+                // What has come counts, however long nobody looked.
+                biased;
+                more = self.output.fill() => {
+                    self.heard = Instant::now();
+                    if !more? {
+                        return Err(self.ended().await);
+                    }
+                }
+                () = silent => {
+                    let seconds = SILENCE.as_secs();
+                    let text = format!("nothing was heard of it for {seconds} s");
+                    return Err(lost(&self.host).caused_by(text));
+                }
             }
         }
+    }
+
+    /// Whether it is taken for dead.
+    fn is_silent(&self) -> bool {
+        self.heard.elapsed() >= SILENCE
     }
 
     async fn welcome(&mut self) -> Result<Welcome> {

@@ -10,6 +10,7 @@
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::agent::{AgentConnection, StartFailure};
+use super::facts::seconds_now;
 use super::install::DEFAULT_INSTALL_PATH;
 use super::session::{Greeting, Session};
 use super::{AgentPath, Host, find, line_after, lines_after, script};
@@ -23,6 +24,25 @@ pub(super) enum Expected {
     Ours,
     /// Any that speaks our protocol: the user, or root, put it there.
     Any,
+}
+
+impl Expected {
+    /// What a search of ours may find.
+    fn of(path: &AgentPath) -> Self {
+        match path {
+            AgentPath::Forced => Self::Any,
+            AgentPath::Direct(_) | AgentPath::Sudo(_) => Self::Ours,
+        }
+    }
+}
+
+/// Which agents [`Host::remove_agents`] removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unwanted {
+    /// All, and every upload, broken or under way.
+    All,
+    /// All but the one that this program carries, and uploads that are broken.
+    Old,
 }
 
 /// What [`Host::remove_agents`] did.
@@ -68,10 +88,13 @@ impl Host {
         let mut session = Session::open(self, &self.start_script(true)).await?;
         match session.greeting().await? {
             Greeting::Need(_) => Ok(None),
-            Greeting::At(path) => AgentConnection::establish(session, path, Expected::Ours, false)
-                .await
-                .map(Some)
-                .map_err(StartFailure::into_error),
+            Greeting::At(path) => {
+                let expected = Expected::of(&path);
+                AgentConnection::establish(session, path, expected, false)
+                    .await
+                    .map(Some)
+                    .map_err(StartFailure::into_error)
+            }
         }
     }
 
@@ -116,12 +139,19 @@ impl Host {
                     agent_binary::check_architecture(&self.to_string(), &machine)?;
                     let path = self.send_agent().await?;
                     session.start(&path).await?;
-                    Ok((session, AgentPath { path, sudo: false }, true))
+                    Ok((session, AgentPath::Direct(path), true))
                 }
             }
         };
         let (session, path, copied) = opened.await.map_err(StartFailure::Host)?;
-        AgentConnection::establish(session, path, Expected::Ours, copied).await
+        let expected = Expected::of(&path);
+        AgentConnection::establish(session, path, expected, copied)
+            .await
+            .map_err(|failure| match expected {
+                Expected::Ours => failure,
+                // No copy of ours would be run instead.
+                Expected::Any => StartFailure::Host(failure.into_error()),
+            })
     }
 
     fn start_script(&self, search: bool) -> String {
@@ -185,18 +215,22 @@ impl Host {
         Ok(path)
     }
 
-    /// Removes every agent of ours from the host's cache directories.
+    /// Removes agents of ours from the host's cache directories.
     ///
     /// # Errors
     /// When the host cannot be reached, or runs no shell.
-    pub async fn remove_agents(&self) -> Result<Removed> {
-        let output = self.run(&script::remove(), b"", MAX_LISTING).await?;
+    pub async fn remove_agents(&self, which: Unwanted) -> Result<Removed> {
+        let name = agent_binary::file_name();
+        let script = script::remove(match which {
+            Unwanted::All => None,
+            Unwanted::Old => Some(script::Spared {
+                agent: &name,
+                uploads_after: seconds_now() - UPLOAD_SECONDS,
+            }),
+        });
+        let output = self.run(&script, b"", MAX_LISTING).await?;
         if find(&output.stdout, script::DONE).is_none() {
-            return Err(Error::new(
-                ErrorCode::MissingRequirement,
-                format!("{self} does not run a shell script"),
-            )
-            .caused_by(output.stderr.trim().to_owned()));
+            return Err(self.runs_no_script(&output));
         }
         Ok(Removed {
             removed: lines_after(&output.stdout, script::REMOVED),
@@ -211,9 +245,13 @@ pub(super) const MAX_CHATTER: usize = 128 * 1024;
 /// A list of files that were removed; there are never many.
 const MAX_LISTING: usize = 1024 * 1024;
 
-/// A name that no other upload has.
+/// An upload that is older than this is broken: it takes a second on a good line. Nothing that is
+/// on every host tells how old a file is, so its name does, by our clock; clocks differ by less.
+const UPLOAD_SECONDS: i64 = 3600;
+
+/// A name that no other upload has, and nobody can guess.
 pub(super) fn temporary_name() -> String {
-    format!(".agent.{}", uuid::Uuid::new_v4().simple())
+    format!(".agent.{}.{}", seconds_now(), uuid::Uuid::new_v4().simple())
 }
 
 fn parse_temporary(line: &[u8]) -> Option<(usize, &[u8])> {
@@ -303,6 +341,19 @@ mod tests {
                 .stdout
         }
 
+        /// The names of the files below its home of which a removal speaks, sorted.
+        fn remove(&self, spared: Option<script::Spared<'_>>, marker: &[u8]) -> Vec<String> {
+            let output = self.run(&script::remove(spared), b"").stdout;
+            assert!(find(&output, script::DONE).is_some());
+            let paths = lines_after(&output, marker).into_iter().map(PathBuf::from);
+            let mut names: Vec<_> = paths
+                .filter(|path| path.starts_with(self.home.path()))
+                .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+                .collect();
+            names.sort();
+            names
+        }
+
         fn deploy(&self) {
             let output = self.run(&script::upload(".agent.1", AGENT.len(), 1), AGENT);
             let (number, temporary) = line_after(&output.stdout, script::TEMPORARY)
@@ -372,7 +423,7 @@ mod tests {
     #[test]
     fn an_agent_that_others_could_have_made_is_not_started() {
         type Spoil = fn(&User);
-        let spoils: [(&str, Spoil); 6] = [
+        let spoils: [(&str, Spoil); 10] = [
             ("size", |user| {
                 std::fs::write(user.agent(), b"#!/bin/sh\n").unwrap();
             }),
@@ -390,6 +441,18 @@ mod tests {
                 std::fs::rename(user.agent().parent().unwrap(), &moved).unwrap();
                 symlink(&moved, user.agent().parent().unwrap()).unwrap();
             }),
+            ("second name", |user| {
+                std::fs::hard_link(user.agent(), user.cache().join("elsewhere")).unwrap();
+            }),
+            ("cache is the group's", |user| {
+                set_mode(&user.cache(), 0o770);
+            }),
+            ("cache is everybody's", |user| {
+                set_mode(&user.cache(), 0o707);
+            }),
+            ("home is the group's", |user| {
+                set_mode(user.home.path(), 0o770);
+            }),
             ("gone", |user| std::fs::remove_file(user.agent()).unwrap()),
         ];
         for (what, spoil) in spoils {
@@ -403,6 +466,70 @@ mod tests {
                     output.escape_ascii()
                 );
             }
+        }
+    }
+
+    #[test]
+    fn a_cache_behind_the_users_own_link_does_and_is_called_by_its_real_name() {
+        for user in shells() {
+            user.deploy();
+            let real = user.home.path().join("scratch");
+            std::fs::rename(user.cache(), &real).unwrap();
+            symlink(&real, user.cache()).unwrap();
+            let output = user.start();
+            let expected = [b"direct ", real.as_os_str().as_bytes()].concat();
+            let found = line_after(&output, script::AT).unwrap();
+            assert!(found.starts_with(&expected), "{}", found.escape_ascii());
+            // A directory that many may write to, and in which nobody can touch another's.
+            set_mode(user.home.path(), 0o1777);
+            assert!(line_after(&user.start(), script::AT).is_some());
+        }
+    }
+
+    #[test]
+    fn a_directory_of_the_users_own_is_closed_to_others() {
+        for user in shells() {
+            let directory = user.cache().join("kvm-clone");
+            std::fs::create_dir_all(&directory).unwrap();
+            // What a directory inherits from a shared one.
+            set_mode(&directory, 0o2775);
+            user.deploy();
+            let mode = std::fs::metadata(directory).unwrap().permissions().mode();
+            assert_eq!(mode & 0o7777, 0o700);
+            assert!(line_after(&user.start(), script::AT).is_some());
+        }
+    }
+
+    #[test]
+    fn nothing_is_put_behind_a_link_in_the_agents_place() {
+        for user in shells() {
+            user.deploy();
+            let elsewhere = user.home.path().join("elsewhere");
+            std::fs::create_dir(&elsewhere).unwrap();
+            std::fs::remove_file(user.agent()).unwrap();
+            symlink(&elsewhere, user.agent()).unwrap();
+            user.deploy();
+            assert_eq!(std::fs::read(user.agent()).unwrap(), AGENT);
+            assert_eq!(std::fs::read_dir(elsewhere).unwrap().count(), 0);
+            assert!(line_after(&user.start(), script::AT).is_some());
+        }
+    }
+
+    #[test]
+    fn an_agent_that_cannot_be_placed_leaves_nothing() {
+        for user in shells() {
+            std::fs::create_dir_all(user.agent()).unwrap();
+            set_mode(user.agent().parent().unwrap(), 0o700);
+            let temporary = user.agent().with_file_name(".agent.1");
+            std::fs::write(&temporary, AGENT).unwrap();
+            let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+            let place = script::place(&bytes(&temporary), &bytes(&user.agent())).unwrap();
+            let output = user.run(&place, b"");
+            assert!(find(&output.stdout, script::DONE).is_none());
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(said.ends_with("is a directory\n"), "{said}");
+            assert!(!temporary.exists());
+            assert_eq!(std::fs::read_dir(user.agent()).unwrap().count(), 0);
         }
     }
 
@@ -444,13 +571,59 @@ mod tests {
             let directory = user.cache().join("kvm-clone");
             std::fs::write(directory.join(".agent.broken"), b"").unwrap();
             std::fs::write(directory.join("mine"), b"").unwrap();
-            let output = user.run(&script::remove(), b"").stdout;
-            assert!(find(&output, script::DONE).is_some());
-            let mut removed = lines_after(&output, script::REMOVED);
-            removed.retain(|path| Path::new(path).starts_with(user.home.path()));
-            assert_eq!(removed.len(), 2, "{removed:?}");
+            let removed = user.remove(None, script::REMOVED);
+            assert_eq!(removed, [".agent.broken", NAME]);
             assert!(directory.join("mine").exists() && !user.agent().exists());
         }
+    }
+
+    #[test]
+    fn removing_what_is_old_spares_the_agent_and_uploads_under_way() {
+        let spared = Some(script::Spared {
+            agent: NAME,
+            uploads_after: 1_000_000,
+        });
+        for user in shells() {
+            user.deploy();
+            let directory = user.cache().join("kvm-clone");
+            let old = [
+                ".agent.0123456789abcdef0123456789abcdef",
+                ".agent.1000000.0f",
+                ".agent.999.0f",
+                "agent-0.0.9-0123456789abcdef",
+                "agent-0.1.0-0123456789abcdee",
+            ];
+            for name in old.iter().chain(&[".agent.1000001.0f"]) {
+                std::fs::write(directory.join(name), b"").unwrap();
+            }
+            assert_eq!(user.remove(spared, script::REMOVED), old);
+            let mut left: Vec<_> = std::fs::read_dir(&directory)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name())
+                .collect();
+            left.sort();
+            assert_eq!(left, [".agent.1000001.0f", NAME]);
+            assert_eq!(user.remove(spared, script::REMOVED), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_safe_to_remove_is_named() {
+        for user in shells() {
+            user.deploy();
+            set_mode(&user.cache(), 0o777);
+            assert_eq!(user.remove(None, script::KEPT), ["kvm-clone"]);
+            assert!(user.agent().exists());
+        }
+    }
+
+    #[test]
+    fn a_temporary_name_tells_when_the_upload_began() {
+        let name = temporary_name();
+        let rest = name.strip_prefix(".agent.").unwrap();
+        let (seconds, random) = rest.split_once('.').unwrap();
+        let age = seconds_now() - seconds.parse::<i64>().unwrap();
+        assert!((0..60).contains(&age) && random.len() == 32, "{name}");
     }
 
     #[test]

@@ -27,7 +27,7 @@ const OPTIONS: [&str; 15] = [
     "RemoteCommand=none",
     "UpdateHostKeys=no",
     "LogLevel=ERROR",
-    "ServerAliveInterval=10",
+    "ServerAliveInterval=5",
     "ServerAliveCountMax=3",
 ];
 
@@ -190,14 +190,12 @@ mod tests {
 
     #[test]
     fn the_name_of_a_data_connection_is_letters_and_digits() {
-        let agent = AgentPath {
-            path: b"/a b/agent".to_vec(),
-            sudo: true,
-        };
-        let words = agent.attach_words("x1").unwrap();
+        let agent = AgentPath::Sudo(b"/a b/agent".to_vec());
+        let command = |agent: &AgentPath| quote::command(agent.attach_words("x1").unwrap());
+        assert_eq!(command(&agent).unwrap(), "sudo -n '/a b/agent' attach x1");
         assert_eq!(
-            quote::command(words).unwrap(),
-            "sudo -n '/a b/agent' attach x1"
+            command(&AgentPath::Forced).unwrap(),
+            "kvm-clone-agent attach x1"
         );
         for name in ["", "-x", "a b", "a;b"] {
             assert!(agent.attach_words(name).is_err());

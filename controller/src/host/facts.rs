@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::deploy::{MAX_CHATTER, temporary_name};
 use super::install::DEFAULT_INSTALL_PATH;
 use super::{Host, find, lines_after, script};
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::Result;
 
 /// What a host said about itself. An empty text: it could not say.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,18 +61,7 @@ impl Host {
         let answered = seconds_now();
         let lines = lines_after(&output.stdout, script::FACT);
         if !lines.iter().any(|line| line.starts_with("end")) {
-            let came = output.stdout[..output.stdout.len().min(64)]
-                .escape_ascii()
-                .to_string();
-            return Err(Error::new(
-                ErrorCode::MissingRequirement,
-                format!(
-                    "{self} does not run a shell script ({}; got \"{came}\")",
-                    output.status
-                ),
-            )
-            .caused_by(output.stderr.trim().to_owned())
-            .hint("the login shell there must run commands given with \"ssh HOST COMMAND\""));
+            return Err(self.runs_no_script(&output));
         }
         let mut facts = parse(&lines, asked, answered);
         facts.tried = lines_after(&output.stdout, script::TRIED);
@@ -133,7 +122,8 @@ fn free(value: &str) -> Option<(u64, String)> {
     ))
 }
 
-fn seconds_now() -> i64 {
+/// The time in seconds since 1970.
+pub(super) fn seconds_now() -> i64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

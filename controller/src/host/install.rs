@@ -37,6 +37,9 @@ impl Host {
             ));
         };
         if output.stdout[at + script::BACK.len()..] != *agent {
+            let _ = self
+                .run(&script::install_discard(&temporary)?, b"", MAX_CHATTER)
+                .await;
             return Err(damaged(self, &temporary));
         }
         let output = self
@@ -52,7 +55,8 @@ impl Host {
         let output = self
             .run("echo; echo kvm-clone-need $(uname -m)", b"", MAX_CHATTER)
             .await?;
-        let machine = line_after(&output.stdout, script::NEED).unwrap_or_default();
+        let machine =
+            line_after(&output.stdout, script::NEED).ok_or_else(|| self.runs_no_script(&output))?;
         agent_binary::check_architecture(&self.to_string(), String::from_utf8_lossy(machine).trim())
     }
 

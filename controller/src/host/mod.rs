@@ -34,7 +34,7 @@ use tokio::process::Command;
 use tokio::sync::OnceCell;
 
 pub use agent::{AgentConnection, AgentReceiver, AgentSender};
-pub use deploy::Removed;
+pub use deploy::{Removed, Unwanted};
 pub use dial::Reach;
 pub use errand::Errand;
 pub use facts::Facts;
@@ -68,27 +68,33 @@ struct Inner {
     resolved: OnceCell<Resolved>,
     /// Where the control connection listens, once there is one.
     socket: Mutex<Option<Arc<ControlSocket>>>,
-    /// The control connection that holds no agent, once it was asked for.
-    shared: OnceCell<SharedConnection>,
+    /// The control connection that holds no agent, once it was asked for; `None` where there
+    /// cannot be one.
+    shared: OnceCell<Option<SharedConnection>>,
 }
 
 /// An agent on a host, and how it is run there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AgentPath {
-    /// Absolute.
-    pub path: Vec<u8>,
-    /// Through `sudo -n`.
-    pub sudo: bool,
+pub enum AgentPath {
+    /// The file under this absolute path.
+    Direct(Vec<u8>),
+    /// The file under this absolute path, through `sudo -n`.
+    Sudo(Vec<u8>),
+    /// Whichever the login runs, whatever it is asked for: authorized_keys forces it.
+    Forced,
 }
 
 impl AgentPath {
     /// The path for people.
     pub fn display(&self) -> String {
-        String::from_utf8_lossy(&self.path).into_owned()
+        match self {
+            Self::Direct(path) | Self::Sudo(path) => String::from_utf8_lossy(path).into_owned(),
+            Self::Forced => "that authorized_keys names".to_owned(),
+        }
     }
 
     /// The words of `attach NAME`. The path is absolute and the name is letters and digits, so
-    /// none of them can be taken for an option.
+    /// none of them can be taken for an option. Of a forced agent's words only the last two count.
     fn attach_words<'a>(&'a self, name: &'a str) -> Result<Vec<&'a [u8]>> {
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(Error::new(
@@ -99,12 +105,12 @@ impl AgentPath {
                 ),
             ));
         }
-        let mut words: Vec<&[u8]> = if self.sudo {
-            vec![b"sudo", b"-n"]
-        } else {
-            Vec::new()
+        let mut words: Vec<&[u8]> = match self {
+            Self::Direct(path) => vec![path],
+            Self::Sudo(path) => vec![b"sudo", b"-n", path],
+            Self::Forced => vec![b"kvm-clone-agent"],
         };
-        words.extend([&self.path[..], b"attach", name.as_bytes()]);
+        words.extend([&b"attach"[..], name.as_bytes()]);
         Ok(words)
     }
 }
@@ -178,7 +184,8 @@ impl Host {
     /// The command that becomes the control connection, and where it will listen. Where a shared
     /// connection is open, it is a channel of that.
     async fn control_command(&self, script: &str) -> Result<Command> {
-        if self.is_local() || self.inner.shared.initialized() {
+        let shared = self.inner.shared.get().is_some_and(Option::is_some);
+        if self.is_local() || shared {
             return self.command(script).await;
         }
         let socket = ControlSocket::new()?;

@@ -41,26 +41,47 @@ pub(super) const CANDIDATES: usize = 4;
 
 /// What several scripts share.
 ///
-/// `private_dir` and `private_file` hold for what only this user can have made: the file type,
-/// owner and mode from `ls -ldn` (an appended `+` or `.` may follow the mode; with no bits for the
-/// group, entries of an access list have no effect). The two directories under shared parents
-/// must themselves be private, or their owner could exchange what is in them.
+/// `look` reads type and mode, links, owner and size of a path that is no symbolic link, and holds
+/// where this user owns it. `private_dir` and `private_file` hold for what only this user can have
+/// made: an appended `+` or `.` may follow the mode, and with no bits for the group, entries of an
+/// access list have no effect; a file with a second name may have been made for something else.
+/// `close_dir` takes from others what they may do in a directory of this user.
+///
+/// `alone` holds where root and this user own all that a path leads through, and nobody else can
+/// put something in its place. What it says of a path holds until one of the two changes it, so
+/// that nothing can slip in between a look and the act that follows. Group-writable is not good
+/// enough, as it is not for sshd: who is in a group, nothing that is here for sure can tell.
+///
+/// `safe` asks that of the candidate `$c` and of what `$c` is behind all links, which it makes `$c`.
+/// The two under shared parents must themselves be private: their names are known to everybody.
 const PRELUDE: &str = r#"
     set -f; umask 077; LC_ALL=C; export LC_ALL; u=$(id -u);
     say() { printf "%s" "$1"; echo; };
-    private_dir() {
+    look() {
         [ -h "$1" ] && return 1;
-        set -- "$1" $(ls -ldn "$1" 2>/dev/null);
-        [ "$4" = "$u" ] || return 1;
-        case $2 in drwx------*) return 0 ;; esac;
+        set -- $(ls -ldn "$1" 2>/dev/null);
+        mode=$1; links=$2; size=$5;
+        [ "$3" = "$u" ];
+    };
+    private_dir() {
+        look "$1" || return 1;
+        case $mode in (drwx------*) return 0 ;; esac;
         return 1;
     };
+    close_dir() { private_dir "$1" || { look "$1" && chmod u=rwx,go=,g-s "$1" && private_dir "$1"; }; };
     private_file() {
-        [ -h "$1" ] && return 1;
-        set -- "$1" $(ls -ldn "$1" 2>/dev/null);
-        [ "$4" = "$u" ] && [ "$6" = "$s" ] || return 1;
-        case $2 in -rwx------*) return 0 ;; esac;
+        look "$1" && [ "$links" = 1 ] && [ "$size" = "$s" ] || return 1;
+        case $mode in (-rwx------*) return 0 ;; esac;
         return 1;
+    };
+    alone() {
+        p=$1; set --;
+        while [ "$p" ]; do set -- "$@" "$p"; p=${p%/*}; done;
+        p=$(ls -ldn / "$@" 2>/dev/null | while read -r mode links owner rest; do
+            case $owner in (0|"$u") ;; (*) echo no ;; esac;
+            case $mode in (l*|?????????[tT]*) ;; (?????w*|????????w*) echo no ;; esac;
+        done);
+        [ -z "$p" ];
     };
     candidate() {
         case $1 in
@@ -73,7 +94,12 @@ const PRELUDE: &str = r#"
         return 1;
     };
     safe() {
-        case $1 in /var/tmp/kvm-clone-*|/dev/shm/kvm-clone-*) private_dir "$1" ;; esac;
+        case $c in (/var/tmp/kvm-clone-*|/dev/shm/kvm-clone-*) private_dir "$c" || return 1 ;; esac;
+        alone "$c" || return 1;
+        r=$(cd -P "$c" 2>/dev/null && pwd -P) || return 1;
+        case $r in (*[[:cntrl:]]*) return 1 ;; esac;
+        [ "$r" = "$c" ] || alone "$r" || return 1;
+        c=$r;
     };
 "#;
 
@@ -82,12 +108,13 @@ const PRELUDE: &str = r#"
 const USABLE: &str = r#"
     why() { say "kvm-clone-tried $c: $1"; return 1; };
     usable() {
-        d=$c/kvm-clone; t=$d/$x;
+        e=$c; until [ -e "$e/" ]; do e=${e%/*}; done;
+        alone "$e" || why "is not safe from other users" || return 1;
         [ -d "$c" ] || mkdir -p "$c" 2>/dev/null || [ -d "$c" ] || why "cannot be made" || return 1;
-        safe "$c" || why "is not a private directory of this user" || return 1;
+        safe || why "is not safe from other users" || return 1;
+        d=$c/kvm-clone; t=$d/$x;
         [ -d "$d" ] || mkdir "$d" 2>/dev/null || [ -d "$d" ] || why "cannot be written" || return 1;
-        [ -h "$d" ] || chmod 0700 "$d" 2>/dev/null;
-        private_dir "$d" || why "has a kvm-clone in it that is not a private directory of this user" || return 1;
+        close_dir "$d" || why "has a kvm-clone in it that is not a directory of this user" || return 1;
         ( echo "exit 0" >"$t" ) 2>/dev/null || { rm -f "$t"; why "cannot be written"; return 1; };
         chmod 0700 "$t";
         ( "$t" ) </dev/null >/dev/null 2>&1 || { rm -f "$t"; why "is mounted noexec"; return 1; };
@@ -118,9 +145,8 @@ pub(super) fn start(name: &str, size: usize, search: bool) -> String {
     one_line(&format!(
         r#"{PRELUDE} n={name}; s={size};
         for k in {candidates}; do
-            candidate $k || continue;
-            f=$c/kvm-clone/$n;
-            if safe "$c" && private_dir "$c/kvm-clone" && private_file "$f"; then
+            candidate $k && safe && f=$c/kvm-clone/$n || continue;
+            if private_dir "$c/kvm-clone" && private_file "$f"; then
                 echo; say "kvm-clone-at direct $f"; exec "$f" serve;
             fi;
         done;
@@ -219,13 +245,25 @@ pub(super) fn facts(temporary: &str, libvirt: &str, root_agent: Option<&[u8]>) -
     )))
 }
 
+/// `place`: gives the file `$t` the name `$f`, whatever bore it before, or removes it. A link to a
+/// directory, or a directory, would have `mv` put it in there.
+const PLACE: &str = r#"
+    place() {
+        [ -h "$f" ] && rm -f "$f";
+        if [ -d "$f" ]; then echo "$f is a directory" >&2;
+        elif chmod "$1" "$t" && mv -f "$t" "$f"; then echo; echo kvm-clone-done; return;
+        fi;
+        rm -f "$t"; return 1;
+    };
+"#;
+
 /// Makes the uploaded file the agent.
 ///
 /// # Errors
 /// For a path that cannot be quoted.
 pub(super) fn place(temporary: &[u8], path: &[u8]) -> Result<String> {
     Ok(one_line(&format!(
-        r#"t={}; f={}; chmod 0700 "$t" && mv -f "$t" "$f" && echo && echo kvm-clone-done"#,
+        "{PLACE} t={}; f={}; place 0700",
         word(temporary)?,
         word(path)?
     )))
@@ -239,23 +277,49 @@ pub(super) fn discard(temporary: &[u8]) -> Result<String> {
     Ok(format!("rm -f {}", word(temporary)?))
 }
 
-/// Removes every agent of ours, and what broken uploads left.
-pub(super) fn remove() -> String {
+/// What [`remove`] leaves alone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Spared<'a> {
+    /// The name of an agent.
+    pub(super) agent: &'a str,
+    /// Uploads that began after this second of the Unix epoch, as their names tell.
+    pub(super) uploads_after: i64,
+}
+
+/// Removes the agents of ours, and what broken uploads left; where nothing is spared, also the
+/// directories that are empty then.
+pub(super) fn remove(spared: Option<Spared<'_>>) -> String {
+    let (spare, tidy) = match spared {
+        // What is no number fails the comparison, and is not spared.
+        Some(spared) => (
+            format!(
+                r#"case $f in
+                    (*/{}) continue ;;
+                    (*/.agent.*) b=${{f##*/.agent.}}; [ "${{b%%.*}}" -gt {} ] 2>/dev/null && continue ;;
+                esac;"#,
+                spared.agent, spared.uploads_after
+            ),
+            "",
+        ),
+        None => (
+            String::new(),
+            r#"rmdir "$d" 2>/dev/null; case $k in 3|4) rmdir "$c" 2>/dev/null ;; esac;"#,
+        ),
+    };
     one_line(&format!(
         r#"{PRELUDE}
         echo;
         for k in 1 2 3 4; do
-            candidate $k || continue;
-            d=$c/kvm-clone;
-            safe "$c" && private_dir "$d" || continue;
+            candidate $k && d=$c/kvm-clone && [ -d "$d" ] || continue;
+            safe && d=$c/kvm-clone && close_dir "$d" || {{ say "kvm-clone-kept $d"; continue; }};
             set +f;
             for f in "$d"/agent-* "$d"/.agent.*; do
                 [ -f "$f" ] || [ -h "$f" ] || continue;
+                {spare}
                 if rm -f "$f"; then say "kvm-clone-removed $f"; else say "kvm-clone-kept $f"; fi;
             done;
             set -f;
-            rmdir "$d" 2>/dev/null;
-            case $k in 3|4) rmdir "$c" 2>/dev/null ;; esac;
+            {tidy}
         done;
         echo kvm-clone-done"#
     ))
@@ -323,15 +387,23 @@ pub(super) fn install_upload(path: &[u8], temporary: &[u8], size: usize) -> Resu
     )))
 }
 
+/// Removes what did not arrive as it was sent.
+///
+/// # Errors
+/// For a path that cannot be quoted.
+pub(super) fn install_discard(temporary: &[u8]) -> Result<String> {
+    as_root(&discard(temporary)?)
+}
+
 /// Gives the installed agent its name.
 ///
 /// # Errors
 /// For a path that cannot be quoted.
 pub(super) fn install_place(path: &[u8], temporary: &[u8]) -> Result<String> {
     as_root(&one_line(&format!(
-        r#"f={}; t={}; chmod 0755 "$t" && mv -f "$t" "$f" && echo && echo kvm-clone-done"#,
-        word(path)?,
-        word(temporary)?
+        "{PLACE} t={}; f={}; place 0755",
+        word(temporary)?,
+        word(path)?
     )))
 }
 
@@ -376,7 +448,11 @@ mod tests {
             start_as_root(b"/opt/agent").unwrap(),
             upload(".agent.1", 1, 1),
             place(b"/a/.agent.1", b"/a/agent-1").unwrap(),
-            remove(),
+            remove(None),
+            remove(Some(Spared {
+                agent: "agent-1",
+                uploads_after: 1,
+            })),
             facts(".agent.1", "qemu:///system", Some(b"/opt/agent")).unwrap(),
         ];
         for script in scripts {

@@ -26,7 +26,7 @@ const REAP_TIMEOUT: Duration = Duration::from_secs(2);
 /// What the script on the host says first.
 #[derive(Debug)]
 pub(super) enum Greeting {
-    /// This agent is being started.
+    /// This agent is being started, or has come without having been asked for.
     At(AgentPath),
     /// There is none; the host is this machine, as `uname -m` names it.
     Need(String),
@@ -112,6 +112,10 @@ impl Session {
                     parse_need(&line)
                 });
             }
+            // No script of ours ran: the host starts an agent by itself.
+            if find(input, &preamble::MAGIC).is_some() {
+                return Ok(Greeting::At(AgentPath::Forced));
+            }
             if input.len() > MAX_NOISE {
                 return Err(self.no_agent().await);
             }
@@ -183,13 +187,9 @@ impl Session {
 }
 
 fn parse_at(line: &[u8]) -> Greeting {
-    let (sudo, path) = match line.strip_prefix(b"sudo ") {
-        Some(path) => (true, path),
-        None => (false, line.strip_prefix(b"direct ").unwrap_or(line)),
-    };
-    Greeting::At(AgentPath {
-        path: path.to_vec(),
-        sudo,
+    Greeting::At(match line.strip_prefix(b"sudo ") {
+        Some(path) => AgentPath::Sudo(path.to_vec()),
+        None => AgentPath::Direct(line.strip_prefix(b"direct ").unwrap_or(line).to_vec()),
     })
 }
 
@@ -265,5 +265,71 @@ async fn follow(stderr: ChildStderr, host: String, tail: Arc<Mutex<Vec<u8>>>) {
             _ => return,
         };
         stderr.consume(read);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::agent::{AgentConnection, StartFailure};
+    use super::super::deploy::Expected;
+    use super::*;
+    use crate::agent_binary;
+
+    fn here() -> Host {
+        Host::new(HostSpec::Local, Arc::default())
+    }
+
+    async fn path_of(script: &str) -> AgentPath {
+        let mut session = Session::open(&here(), script).await.unwrap();
+        match session.greeting().await.unwrap() {
+            Greeting::At(path) => path,
+            Greeting::Need(machine) => panic!("asked for an agent for {machine}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_script_names_the_agent_that_it_becomes() {
+        let preamble = r#"printf "\211KVC\r\n\032\n\001\000\001\000\000\000\000\000""#;
+        let script = |how: &str| format!("echo; echo kvm-clone-at {how}; {preamble}");
+        assert_eq!(
+            path_of(&script("direct /a b")).await,
+            AgentPath::Direct(b"/a b".to_vec())
+        );
+        assert_eq!(
+            path_of(&script("sudo /a")).await,
+            AgentPath::Sudo(b"/a".to_vec())
+        );
+        assert_eq!(path_of(preamble).await, AgentPath::Forced);
+        // In two reads, behind a login shell's chatter.
+        let split = format!(
+            "echo Welcome; {}",
+            preamble.replace("KVC", "K\"; sleep 0.1; printf \"VC")
+        );
+        assert_eq!(path_of(&split).await, AgentPath::Forced);
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_the_host_starts_by_itself_is_spoken_with() {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = directory.path().join("agent");
+        let agent = agent.to_str().unwrap();
+        // Written by another process, so that no test that forks meanwhile keeps it open.
+        let write = format!("cat >{agent} && chmod 0700 {agent}");
+        let bytes = agent_binary::bytes().unwrap();
+        here().run(&write, bytes, 0).await.unwrap();
+
+        let forced = format!("echo Welcome; exec {agent} serve");
+        let mut session = Session::open(&here(), &forced).await.unwrap();
+        let Greeting::At(path) = session.greeting().await.unwrap() else {
+            panic!("an agent was asked for");
+        };
+        assert_eq!(path, AgentPath::Forced);
+        let agent = AgentConnection::establish(session, path, Expected::Any, false)
+            .await
+            .map_err(StartFailure::into_error)
+            .unwrap();
+        assert_eq!(agent.welcome().agent_digest, agent_binary::digest());
+        assert!(agent.warnings()[0].contains("\"Welcome\""));
+        agent.close().await;
     }
 }

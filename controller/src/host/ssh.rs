@@ -118,7 +118,7 @@ impl SshOptions {
         argv.extend(self.user_options(target, self.config.as_deref()));
         argv.extend(words([
             "-o",
-            "ServerAliveInterval=10",
+            "ServerAliveInterval=5",
             "-o",
             "ServerAliveCountMax=3",
             "-o",
@@ -476,7 +476,7 @@ mod tests {
                 .unwrap_or_else(|| panic!("{word} in {argv:?}"))
         };
         assert!(at("ControlMaster=yes") < at("ControlMaster=no"));
-        assert!(at("ServerAliveInterval=3") < at("ServerAliveInterval=10"));
+        assert!(at("ServerAliveInterval=3") < at("ServerAliveInterval=5"));
         assert!(at("-F") < at("--") && at("-p") < at("--"));
         assert_eq!(at("hv1"), argv.len() - 1);
         assert!(

@@ -49,7 +49,13 @@ pub(super) async fn choose(context: &Context, request: &Request) -> Result<Chose
 async fn automatic(context: &Context, request: &Request) -> Result<Choice> {
     let from = context.host(&request.source.host);
     let to = context.host(&request.destination.host);
-    tokio::try_join!(from.share(), to.share())?;
+    tokio::try_join!(from.runs_commands(), to.runs_commands())?;
+    for host in [&from, &to] {
+        if !host.runs_commands().await? {
+            let reason = format!("the login on {host} starts an agent and runs no commands");
+            return Ok(blocksync(&reason));
+        }
+    }
     let holds_a_copy = match request.destination.path.to_str() {
         Some(path) => to.file_facts(path).await?.is_some(),
         // Another method could not take such a path anyway.

@@ -92,6 +92,7 @@ pub(super) async fn survey(
     };
     ground.check_distinct(request).await?;
     ground.check_left_over().await?;
+    ground.check_whole().await?;
     ground.check_locks(request).await?;
     ground.check_room(request, holes).await?;
     ground.tell(request, method, result).await?;
@@ -195,6 +196,20 @@ impl Ground {
             self.written, self.to
         );
         Err(Error::new(ErrorCode::Refused, message).hint("look at it, and remove it"))
+    }
+
+    /// Neither is half changed by a run of the agents that broke off.
+    async fn check_whole(&self) -> Result<()> {
+        for (host, path) in [(&self.from, &self.source), (&self.to, &self.destination)] {
+            let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
+            let applying = format!("{directory}/.{name}.kc-applying");
+            if host.file_facts(&applying).await?.is_some() {
+                let message = format!("{path} on {host} is half changed by a run that broke off");
+                let hint = format!("\"kvm-clone-ctl recover {host}\" ends that");
+                return Err(Error::new(ErrorCode::Refused, message).hint(hint));
+            }
+        }
+        Ok(())
     }
 
     async fn check_room(&self, request: &Request, holes: Holes) -> Result<()> {

@@ -15,6 +15,7 @@ mod result;
 mod rsync;
 mod scp;
 
+use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -73,27 +74,59 @@ impl Context {
     }
 }
 
-/// Work that goes on, and how it ends.
-type Working<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+/// One disk of a transfer, and what becomes of it.
+#[derive(Debug)]
+struct Job<'a> {
+    request: &'a Request,
+    result: TransferResult,
+}
 
-/// A way to make one disk hold what another holds.
+/// Why a transfer stopped, and at which of its disks.
+#[derive(Debug)]
+struct Stopped {
+    at: usize,
+    error: Error,
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self { at: 0, error }
+    }
+}
+
+/// Puts the number of a disk to a failure.
+trait At<T> {
+    fn at(self, at: usize) -> Result<T, Stopped>;
+}
+
+impl<T> At<T> for Result<T> {
+    fn at(self, at: usize) -> Result<T, Stopped> {
+        self.map_err(|error| Stopped { at, error })
+    }
+}
+
+/// Work that goes on, and how it ends.
+type Working<'a> = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send + 'a>>;
+
+/// A way to make disks hold what others hold. All requests of one transfer have the same hosts,
+/// operation and options.
 trait Method: Send + Sync {
     /// As results name it.
     fn name(&self) -> &'static str;
 
-    /// Does what the request asks, and counts in the result. Dropped before it has ended, it
-    /// leaves nothing running here; [`Method::end`] sees to the hosts.
+    /// Does what the jobs ask, `parallel` of them at once, and counts in their results. Dropped
+    /// before it has ended, it leaves nothing running here; [`Method::end`] sees to the hosts.
     fn transfer<'a>(
         &'a mut self,
         context: &'a Context,
-        request: &'a Request,
-        result: &'a mut TransferResult,
+        jobs: &'a mut [Job<'_>],
+        parallel: NonZeroUsize,
     ) -> Working<'a>;
 
-    /// Ends in order what the transfer has opened, however it ended.
+    /// Ends in order what the transfer has opened; `failed` says why it broke off, if it did.
     fn end<'a>(
         &'a mut self,
-        _done: &'a Result<()>,
+        _failed: Option<&'a Error>,
     ) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
         Box::pin(async {})
     }
@@ -101,23 +134,51 @@ trait Method: Send + Sync {
 
 /// Does what the request asks. A failure is part of the result.
 pub async fn run(context: &Context, request: &Request) -> TransferResult {
+    let mut results = run_all(context, std::slice::from_ref(request), NonZeroUsize::MIN).await;
+    results.remove(0)
+}
+
+/// Does what the requests ask: the disks of a VM, which count together or not at all where the
+/// method can. The results come in their order.
+pub async fn run_all(
+    context: &Context,
+    requests: &[Request],
+    parallel: NonZeroUsize,
+) -> Vec<TransferResult> {
     let started = Instant::now();
-    let mut result = TransferResult::new(request);
-    match supervised(context, request, &mut result).await {
-        Ok(()) => result.success = true,
-        Err(error) => result.error = Some(error),
+    let mut jobs: Vec<Job<'_>> = requests
+        .iter()
+        .map(|request| Job {
+            request,
+            result: TransferResult::new(request),
+        })
+        .collect();
+    let stopped = supervised(context, &mut jobs, parallel).await.err();
+    let mut results: Vec<_> = jobs.into_iter().map(|job| job.result).collect();
+    if let Some(Stopped { at, error }) = stopped {
+        for result in results.iter_mut().filter(|result| result.error.is_none()) {
+            let message = "given up, since another disk failed";
+            result.error = Some(Error::new(ErrorCode::Cancelled, message));
+        }
+        results[at].error = Some(error);
     }
-    result.duration_seconds = started.elapsed().as_secs_f64();
-    result
+    for result in &mut results {
+        result.success = result.error.is_none();
+        result.duration_seconds = started.elapsed().as_secs_f64();
+    }
+    results
 }
 
 /// Until it is done, the user wants to stop, or the time is over.
 async fn supervised(
     context: &Context,
-    request: &Request,
-    result: &mut TransferResult,
-) -> Result<()> {
-    let timeout = request.options.timeout;
+    jobs: &mut [Job<'_>],
+    parallel: NonZeroUsize,
+) -> Result<(), Stopped> {
+    let Some(first) = jobs.first().map(|job| job.request) else {
+        return Ok(());
+    };
+    let timeout = first.options.timeout;
     let over = async {
         match timeout {
             Some(timeout) => tokio::time::sleep(timeout).await,
@@ -126,24 +187,28 @@ async fn supervised(
     };
     let mut method: Option<Box<dyn Method>> = None;
     let work = async {
-        let chosen = choice::choose(context, request).await?;
+        let chosen = choice::choose(context, first).await?;
         let method = method.insert(chosen.method);
-        result.method = method.name();
-        result.method_reason = chosen.reason;
-        method.transfer(context, request, result).await
+        for job in &mut *jobs {
+            job.result.method = method.name();
+            job.result.method_reason.clone_from(&chosen.reason);
+        }
+        method.transfer(context, jobs, parallel).await
     };
     let again = "the same command takes the run up again";
     let done = tokio::select! {
         done = work => done,
         () = context.cancelled.cancelled() => {
-            Err(Error::new(ErrorCode::Cancelled, "stopped by the user").hint(again))
+            Err(Error::new(ErrorCode::Cancelled, "stopped by the user").hint(again).into())
         }
         () = over => {
-            Err(Error::new(ErrorCode::Timeout, "the time given with --timeout is over").hint(again))
+            Err(Error::new(ErrorCode::Timeout, "the time given with --timeout is over").hint(again).into())
         }
     };
     if let Some(mut method) = method {
-        method.end(&done).await;
+        method
+            .end(done.as_ref().err().map(|stopped| &stopped.error))
+            .await;
     }
     done
 }

@@ -1,9 +1,10 @@
 //! What a transfer is asked to do.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_clone_protocol::digest::HashKind;
-use kvm_clone_protocol::message::Compression;
+use kvm_clone_protocol::message::{ApplyChoice, Compression};
 
 use serde::Serialize;
 
@@ -96,6 +97,19 @@ pub enum Verification {
     /// Both ends must agree on the digest of what was shipped and what was left.
     #[default]
     Streamed,
+    /// And the destination is read once more, past its host's page cache.
+    Reread,
+}
+
+impl Verification {
+    /// The name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Streamed => "streamed",
+            Self::Reread => "reread",
+        }
+    }
 }
 
 /// One disk, from where to where, and how.
@@ -126,6 +140,10 @@ pub struct Options {
     pub compression: Compression,
     /// How blocks are digested.
     pub hash: HashKind,
+    /// How changes get into a destination that exists.
+    pub apply: ApplyChoice,
+    /// Where the changes of a block device wait, on its host; `None` for the agent's own place.
+    pub stage_dir: Option<PathBuf>,
     /// What the result claims.
     pub verify: Verification,
     /// Bytes a second; `None` for no limit.
@@ -142,6 +160,8 @@ impl Default for Options {
             route: RouteChoice::Auto,
             compression: Compression::Auto,
             hash: HashKind::Xxh3,
+            apply: ApplyChoice::Auto,
+            stage_dir: None,
             verify: Verification::Streamed,
             bandwidth_limit: None,
             timeout: None,

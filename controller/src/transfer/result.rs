@@ -1,10 +1,10 @@
 //! The result of a transfer: the one object that scripts read.
 
-use kvm_clone_protocol::message::Counters;
+use kvm_clone_protocol::message::{ApplyChoice, Counters};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::request::Request;
+use super::request::{MethodChoice, Request};
 use crate::error::Error;
 
 /// How frames travelled between the agents.
@@ -103,7 +103,7 @@ impl TransferResult {
             blocks_changed: None,
             blocks_zeroed: None,
             blocks_unchanged: None,
-            apply: "inplace",
+            apply: intended(request),
             resumed: false,
             verified: "none",
             duration_seconds: 0.0,
@@ -132,5 +132,14 @@ impl TransferResult {
     pub(super) fn count_receiver(&mut self, counters: &Counters) {
         self.bytes_read_destination = Some(counters.bytes_read);
         self.bytes_wire = Some(counters.bytes_wire);
+    }
+}
+
+/// How changes are to reach the destination, until the method says what it does.
+fn intended(request: &Request) -> &'static str {
+    match (request.options.method, request.options.apply) {
+        (MethodChoice::Rsync | MethodChoice::Libvirt, _) | (_, ApplyChoice::Inplace) => "inplace",
+        (_, ApplyChoice::Reflink) => "reflink",
+        (_, ApplyChoice::Staged | ApplyChoice::Auto) => "staged",
     }
 }

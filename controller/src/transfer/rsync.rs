@@ -1,10 +1,12 @@
 //! Method `rsync`: rsync on the source host, tuned for VM images: sparse, resumable, with no
 //! compression, and with no trust in sizes and times.
 
+use std::num::NonZeroUsize;
+
 use super::copy::{self, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::TransferResult;
-use super::{Context, Method, Working};
+use super::{At as _, Context, Job, Method, Working};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Errand, FileKind, Host};
 use crate::progress::Progress;
@@ -37,10 +39,17 @@ impl Method for Rsync {
     fn transfer<'a>(
         &'a mut self,
         context: &'a Context,
-        request: &'a Request,
-        result: &'a mut TransferResult,
+        jobs: &'a mut [Job<'_>],
+        _parallel: NonZeroUsize,
     ) -> Working<'a> {
-        Box::pin(transfer(context, request, result))
+        Box::pin(async move {
+            for (at, job) in jobs.iter_mut().enumerate() {
+                transfer(context, job.request, &mut job.result)
+                    .await
+                    .at(at)?;
+            }
+            Ok(())
+        })
     }
 }
 

@@ -1,12 +1,13 @@
 //! Method `libvirt`: scp straight from host to host, the plain copy that administrators make by
 //! hand. It cannot resume, and fills holes, which are punched again at the destination.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use super::copy::{self, BLOCKSYNC_CAN, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::{Route, TransferResult};
-use super::{Context, Method, Working};
+use super::{At as _, Context, Job, Method, Working};
 use crate::endpoint::{HostSpec, SshTarget};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Errand, FileKind, Host, SshOptions};
@@ -35,10 +36,17 @@ impl Method for Scp {
     fn transfer<'a>(
         &'a mut self,
         context: &'a Context,
-        request: &'a Request,
-        result: &'a mut TransferResult,
+        jobs: &'a mut [Job<'_>],
+        _parallel: NonZeroUsize,
     ) -> Working<'a> {
-        Box::pin(transfer(context, request, result))
+        Box::pin(async move {
+            for (at, job) in jobs.iter_mut().enumerate() {
+                transfer(context, job.request, &mut job.result)
+                    .await
+                    .at(at)?;
+            }
+            Ok(())
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use super::result::DiskResult;
 use crate::endpoint::{DiskSpec, HostSpec};
 use crate::error::{Error, ErrorCode, Result};
-use crate::transfer::{self, Context, Operation, Options, Request};
+use crate::transfer::{self, Context, MethodChoice, Operation, Options, Request, TransferResult};
 
 /// One file to be transferred or compared.
 #[derive(Debug, Clone)]
@@ -44,39 +44,57 @@ impl Moves {
         context: &Context,
         moves: &[Move],
     ) -> (Vec<DiskResult>, Result<()>) {
+        let requests: Vec<Request> = moves
+            .iter()
+            .map(|each| self.request(each, moves.len()))
+            .collect();
+        let results = if self.counts_together() {
+            transfer::run_all(context, &requests, self.parallel).await
+        } else {
+            self.run_each(context, requests).await
+        };
+        let targets = moves.iter().map(|each| each.target.clone());
+        let disks: Vec<DiskResult> = targets
+            .zip(results)
+            .map(|(target, transfer)| DiskResult { target, transfer })
+            .collect();
+        let failed = first_failure(&disks);
+        (disks, failed.map_or(Ok(()), Err))
+    }
+
+    /// Whether the agents do it, who let all disks count at one instant.
+    fn counts_together(&self) -> bool {
+        let by_agents = matches!(
+            self.options.method,
+            MethodChoice::Blocksync | MethodChoice::Auto
+        );
+        by_agents || self.dry_run || self.operation != Operation::Sync
+    }
+
+    /// Each by itself, by another program.
+    async fn run_each(&self, context: &Context, requests: Vec<Request>) -> Vec<TransferResult> {
         let turns = Arc::new(Semaphore::new(self.parallel.get()));
         let context = context.child();
         // The time limit is the run's, and some have to wait for their turn.
         let deadline = self.options.timeout.map(|limit| Instant::now() + limit);
         let mut running = JoinSet::new();
-        for (at, each) in moves.iter().enumerate() {
-            let (mut request, context) = (self.request(each, moves.len()), context.clone());
-            let (turns, target) = (Arc::clone(&turns), each.target.clone());
+        for (at, mut request) in requests.into_iter().enumerate() {
+            let (turns, context) = (Arc::clone(&turns), context.clone());
             running.spawn(async move {
                 // The semaphore is never closed; without a permit the work is done all the same.
                 let _turn = turns.acquire_owned().await;
                 request.options.timeout =
                     deadline.map(|end| end.saturating_duration_since(Instant::now()));
-                let transfer = transfer::run(&context, &request).await;
-                (at, DiskResult { target, transfer })
-            });
-        }
-        let (mut done, mut failed) = (Vec::new(), Ok(()));
-        while let Some(ended) = running.join_next().await {
-            let Ok((at, disk)) = ended else {
-                failed = failed.and(Err(broken()));
-                continue;
-            };
-            if let (Ok(()), Some(error)) = (&failed, &disk.transfer.error) {
-                failed = Err(error.like().context(format!("disk {}", disk.target)));
-                if self.operation == Operation::Sync {
+                let result = transfer::run(&context, &request).await;
+                if result.error.is_some() {
                     context.cancelled.cancel();
                 }
-            }
-            done.push((at, disk));
+                (at, result)
+            });
         }
+        let mut done = running.join_all().await;
         done.sort_by_key(|(at, _)| *at);
-        (done.into_iter().map(|(_, disk)| disk).collect(), failed)
+        done.into_iter().map(|(_, result)| result).collect()
     }
 
     fn request(&self, each: &Move, n_moves: usize) -> Request {
@@ -98,6 +116,14 @@ impl Moves {
     }
 }
 
-fn broken() -> Error {
-    Error::new(ErrorCode::Internal, "the transfer of a disk broke off")
+/// What went wrong first. That a disk was stopped because of another one is no reason.
+fn first_failure(disks: &[DiskResult]) -> Option<Error> {
+    let failed = || {
+        disks
+            .iter()
+            .filter_map(|disk| Some((disk, disk.transfer.error.as_ref()?)))
+    };
+    let is_reason = |(_, error): &(&DiskResult, &Error)| error.code() != ErrorCode::Cancelled;
+    let (disk, error) = failed().find(is_reason).or_else(|| failed().next())?;
+    Some(error.like().context(format!("disk {}", disk.target)))
 }

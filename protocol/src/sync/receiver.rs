@@ -14,7 +14,8 @@ use super::{
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
 use crate::message::{
-    Agreed, Counters, Credit, Data, Digests, End, Holes, SessionParams, Settled, Stream, Zeros,
+    Agreed, Beat, Counters, Credit, Data, Digests, End, Holes, SessionParams, Settled, Stream,
+    Zeros,
 };
 use crate::units::{BLOCK_LEN, BlockRun, Geometry};
 
@@ -153,10 +154,12 @@ impl Receiver {
 impl Machine for Receiver {
     fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError> {
         self.counters.bytes_wire += frame.wire_len() as u64;
-        if self.their_root.is_some() {
+        let message = Stream::read(frame)?;
+        if self.their_root.is_some() && message != Stream::Beat(Beat {}) {
             return Err(Misbehaviour::AfterEnd(frame.kind).into());
         }
-        match Stream::read(frame)? {
+        match message {
+            Stream::Beat(Beat {}) => Ok(()),
             Stream::Data(data) => self.on_data(&data, frame),
             Stream::Zeros(Zeros { run }) => self.on_zeros(run),
             Stream::Settled(Settled { next }) => {

@@ -13,7 +13,8 @@ use super::{
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
 use crate::message::{
-    Agreed, Counters, Credit, Data, Digests, End, Holes, SessionParams, Settled, Stream, Zeros,
+    Agreed, Beat, Counters, Credit, Data, Digests, End, Holes, SessionParams, Settled, Stream,
+    Zeros,
 };
 use crate::units::{BLOCK_SIZE, BlockRun, Geometry};
 
@@ -97,10 +98,12 @@ impl Sender {
 impl Machine for Sender {
     fn handle_frame(&mut self, frame: &Frame) -> Result<(), SyncError> {
         self.counters.bytes_wire += frame.wire_len() as u64;
-        if self.agreed {
+        let message = Stream::read(frame)?;
+        if self.agreed && message != Stream::Beat(Beat {}) {
             return Err(Misbehaviour::AfterEnd(frame.kind).into());
         }
-        match Stream::read(frame)? {
+        match message {
+            Stream::Beat(Beat {}) => Ok(()),
             Stream::Digests(Digests { first }) => self.on_digests(first, frame),
             Stream::Holes(Holes { run }) => {
                 self.on_told(frame.kind, run)?;

@@ -1,11 +1,13 @@
 //! The two agents of a transfer, and what they say.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use kvm_clone_protocol::message::{Abort, Control, Failed, FailureCode, Message};
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{AgentConnection, Host};
+use crate::transfer::Stopped;
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +24,8 @@ const BLAME_TIME: Duration = Duration::from_secs(3);
 pub(super) struct Pair {
     pub(super) source: AgentConnection,
     pub(super) destination: AgentConnection,
+    /// What was said while something else was waited for.
+    kept: VecDeque<(Side, Control)>,
 }
 
 impl Pair {
@@ -35,6 +39,7 @@ impl Pair {
             (Ok(source), Ok(destination)) => Ok(Self {
                 source,
                 destination,
+                kept: VecDeque::new(),
             }),
             (Err(error), Ok(other)) | (Ok(other), Err(error)) => {
                 other.close().await;
@@ -51,56 +56,73 @@ impl Pair {
         }
     }
 
-    /// Asks one side, and waits for its answer.
+    /// Asks one side, about one disk where that is the case, and waits for its answer. What it
+    /// says of other things meanwhile is kept for [`Pair::next`].
     ///
     /// # Errors
     /// The failure that it answers with, or its connection's.
-    pub(super) async fn ask<M: Message>(&mut self, side: Side, request: &M) -> Result<Control> {
-        let agent = self.side(side);
-        agent.send(request).await?;
-        match agent.next().await? {
-            Control::Failed(failed) => Err(on(agent, failed)),
-            answer => Ok(answer),
+    pub(super) async fn ask<M: Message>(
+        &mut self,
+        side: Side,
+        disk: Option<u32>,
+        request: &M,
+    ) -> Result<Control> {
+        self.side(side).send(request).await?;
+        loop {
+            match self.side(side).next().await? {
+                Control::Failed(failed) if failed.disk.is_none() || failed.disk == disk => {
+                    return Err(on(self.side(side), failed));
+                }
+                said @ (Control::Progress(_)
+                | Control::Ended(_)
+                | Control::Warning(_)
+                | Control::Failed(_)) => self.kept.push_back((side, said)),
+                answer => return Ok(answer),
+            }
         }
     }
 
     /// The next thing that either side says.
     ///
     /// # Errors
-    /// A failure that one reports. If that is only that it lost the other, and the other has a
-    /// reason, that reason.
-    pub(super) async fn next(&mut self) -> Result<(Side, Control)> {
-        let (side, said) = tokio::select! {
-            said = self.source.next() => (Side::Source, said),
-            said = self.destination.next() => (Side::Destination, said),
+    /// A failure that one reports, of one of its disks. If that is only that it lost the other,
+    /// and the other has a reason, that reason.
+    pub(super) async fn next(&mut self) -> Result<(Side, Control), Stopped> {
+        let (side, said) = match self.kept.pop_front() {
+            Some((side, said)) => (side, Ok(said)),
+            None => tokio::select! {
+                said = self.source.next() => (Side::Source, said),
+                said = self.destination.next() => (Side::Destination, said),
+            },
         };
-        match said {
-            Ok(Control::Failed(failed)) => {
-                let lost_other = failed.code == FailureCode::LinkLost;
-                let error = on(self.side(side), failed);
-                Err(if lost_other {
-                    self.blame(side, error).await
-                } else {
-                    error
-                })
-            }
-            Ok(said) => Ok((side, said)),
-            Err(error) => Err(error),
+        let failed = match said {
+            Ok(Control::Failed(failed)) => failed,
+            Ok(said) => return Ok((side, said)),
+            Err(error) => return Err(error.into()),
+        };
+        let at = failed.disk.and_then(|disk| usize::try_from(disk).ok());
+        let lost_other = failed.code == FailureCode::LinkLost;
+        let mut error = on(self.side(side), failed);
+        if lost_other {
+            error = self.blame(side, error).await;
         }
+        let at = at.unwrap_or(0);
+        Err(Stopped { at, error })
     }
 
     /// `side` lost the other: what the other says about it, or else the symptom.
     async fn blame(&mut self, side: Side, symptom: Error) -> Error {
-        let other = match side {
-            Side::Source => &mut self.destination,
-            Side::Destination => &mut self.source,
+        let (other, its_side) = match side {
+            Side::Source => (&mut self.destination, Side::Destination),
+            Side::Destination => (&mut self.source, Side::Source),
         };
+        let kept = &mut self.kept;
         let reason = async {
             loop {
                 match other.next().await {
                     Ok(Control::Failed(failed)) if failed.code == FailureCode::LinkLost => {}
                     Ok(Control::Failed(failed)) => return on(other, failed),
-                    Ok(_) => {}
+                    Ok(said) => kept.push_back((its_side, said)),
                     Err(error) => return error,
                 }
             }

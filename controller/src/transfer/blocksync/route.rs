@@ -32,29 +32,32 @@ pub(super) struct Connection {
 ///
 /// # Errors
 /// When the chosen route cannot be had.
-pub(super) async fn connect(pair: &mut Pair, choice: RouteChoice) -> Result<Connection> {
+///
+/// `disk` numbers the connection, and a second one where the first try fails.
+pub(super) async fn connect(pair: &mut Pair, choice: RouteChoice, disk: u32) -> Result<Connection> {
+    let link = disk.saturating_mul(2);
     let is_local = |side: &crate::host::AgentConnection| side.host().is_local();
     let one_host = pair.source.host().spec() == pair.destination.host().spec();
     match choice {
-        RouteChoice::Relay => relay(pair, 0).await,
+        RouteChoice::Relay => relay(pair, link).await,
         _ if one_host => {
-            let listening = listen(pair, Side::Destination, 0).await?;
+            let listening = listen(pair, Side::Destination, link).await?;
             dial(pair, Side::Source, Vec::new(), Vec::new(), &listening).await?;
             Ok(Connection {
                 route: Route::Local,
-                link: 0,
+                link,
                 version: link_version(pair),
                 relay: None,
             })
         }
-        RouteChoice::Direct => direct(pair).await,
+        RouteChoice::Direct => direct(pair, link).await,
         RouteChoice::Auto if is_local(&pair.source) || is_local(&pair.destination) => {
-            direct(pair).await
+            direct(pair, link).await
         }
-        RouteChoice::Auto => match direct(pair).await {
+        RouteChoice::Auto => match direct(pair, link).await {
             Err(error) if is_about_the_way(&error) => {
                 tracing::info!("no direct route: {}", error.one_line());
-                relay(pair, 1).await
+                relay(pair, link + 1).await
             }
             result => result,
         },
@@ -71,14 +74,14 @@ fn is_about_the_way(error: &Error) -> bool {
     )
 }
 
-async fn direct(pair: &mut Pair) -> Result<Connection> {
+async fn direct(pair: &mut Pair, link: u32) -> Result<Connection> {
     let (listener, dialer) = if pair.destination.host().is_local() {
         (Side::Source, Side::Destination)
     } else {
         (Side::Destination, Side::Source)
     };
     let dialer_is_local = pair.side(dialer).host().is_local();
-    let listening = listen(pair, listener, 0).await?;
+    let listening = listen(pair, listener, link).await?;
     let (host, path) = {
         let agent = pair.side(listener);
         (agent.host().clone(), agent.agent_path().clone())
@@ -108,7 +111,7 @@ async fn direct(pair: &mut Pair) -> Result<Connection> {
         })?;
     Ok(Connection {
         route: Route::Direct,
-        link: 0,
+        link,
         version: link_version(pair),
         relay: None,
     })
@@ -133,7 +136,7 @@ fn link_version(pair: &Pair) -> u16 {
 
 async fn listen(pair: &mut Pair, side: Side, link: u32) -> Result<Listening> {
     let version = link_version(pair);
-    match pair.ask(side, &Listen { link, version }).await? {
+    match pair.ask(side, None, &Listen { link, version }).await? {
         Control::Listening(listening) => Ok(listening),
         answer => Err(unexpected("listen", &answer)),
     }
@@ -154,7 +157,7 @@ async fn dial(
         token: listening.token,
         name: listening.name.clone(),
     };
-    match pair.ask(side, &dial).await? {
+    match pair.ask(side, None, &dial).await? {
         Control::Dialed(_) => Ok(()),
         answer => Err(unexpected("dial", &answer)),
     }

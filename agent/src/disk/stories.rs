@@ -1,0 +1,432 @@
+//! Stories of destinations whose runs end well, break off, and are ended by others. A run that is
+//! dropped without a word is one whose process was killed.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use kvm_clone_protocol::digest::{Content, DIGEST_LEN, Digester, HashKind, Seed};
+use kvm_clone_protocol::message::{Access, Apply, ApplyChoice, Compression, Fate, Recovery};
+use kvm_clone_protocol::sync::{DiskDone, DiskOp, content_at};
+use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
+use tempfile::TempDir;
+
+use super::destination::Begun;
+use super::recover::{forward, recover, settle};
+use super::*;
+
+const BLOCKS: u8 = 8;
+
+/// A directory with a disk of eight blocks, each full of its own number, on a real disk: the
+/// directory for temporary files may be memory.
+struct Ground {
+    directory: TempDir,
+}
+
+impl Ground {
+    fn new() -> Self {
+        let here = std::env::current_exe().unwrap();
+        let directory = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
+        let ground = Self { directory };
+        ground.make("disk");
+        ground
+    }
+
+    fn make(&self, name: &str) {
+        let contents: Vec<u8> = (1..=BLOCKS).flat_map(|n| vec![n; BLOCK_LEN]).collect();
+        fs::write(self.path(name), contents).unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.path("disk")
+    }
+
+    /// The first byte of each block.
+    fn holds(&self, name: &str) -> Vec<u8> {
+        let contents = fs::read(self.path(name)).unwrap();
+        contents.chunks(BLOCK_LEN).map(|block| block[0]).collect()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.directory.path()).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+fn geometry() -> Geometry {
+    Geometry::new(u64::from(BLOCKS) * BLOCK_SIZE).unwrap()
+}
+
+const OLD: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
+const NEW: [u8; 8] = [1, 2, 99, 4, 5, 0, 7, 8];
+
+/// A run on one or more destinations.
+struct Story {
+    run: Option<Run>,
+    destinations: Vec<Destination>,
+    begun: Vec<Begun>,
+}
+
+impl Story {
+    fn begin(paths: &[PathBuf], choice: ApplyChoice) -> Self {
+        let mut run = Some(Run::begin().unwrap());
+        let (mut destinations, mut begun) = (Vec::new(), Vec::new());
+        for path in paths {
+            settle(path).unwrap();
+            let mut destination = Destination::open(path).unwrap();
+            begun.push(
+                destination
+                    .begin(geometry(), choice, None, run.as_mut().unwrap())
+                    .unwrap(),
+            );
+            destinations.push(destination);
+        }
+        Self {
+            run,
+            destinations,
+            begun,
+        }
+    }
+
+    /// Block 2 becomes 99, and block 5 zero.
+    fn change(&self) {
+        for begun in &self.begun {
+            put(&begun.disk, 2, 99);
+            zero(&begun.disk, 5);
+        }
+    }
+
+    fn prepare(&mut self) {
+        for destination in &mut self.destinations {
+            destination.prepare(geometry(), None).unwrap();
+        }
+    }
+
+    fn note_commit(&mut self) {
+        self.run.as_mut().unwrap().commit().unwrap();
+    }
+
+    fn finish(mut self) {
+        self.prepare();
+        self.note_commit();
+        forward(&self.destinations.iter().collect::<Vec<_>>()).unwrap();
+        self.run.take().unwrap().end().unwrap();
+    }
+}
+
+fn put(disk: &Disk, index: u64, byte: u8) {
+    disk.is_changed.store(true, Ordering::Release);
+    let block = vec![byte; BLOCK_LEN];
+    match &disk.overlay {
+        Some(overlay) => overlay.put(index, &block).unwrap(),
+        None => disk.image.write_block(index * BLOCK_SIZE, &block).unwrap(),
+    }
+}
+
+fn zero(disk: &Disk, first: u64) {
+    disk.zero(BlockRun { first, count: 1 }, geometry()).unwrap();
+}
+
+/// What a session sees in the blocks of a disk.
+fn seen(disk: &Disk) -> Vec<Content> {
+    let compressor = Compressor::new(Compression::Off);
+    let context = SessionContext {
+        geometry: geometry(),
+        digester: digester(),
+        compressor: &compressor,
+    };
+    let run = BlockRun {
+        first: 0,
+        count: u64::from(BLOCKS),
+    };
+    let done = disk.run(DiskOp::Digest { run }, &context, &mut Scratch::new());
+    let DiskDone::Digested(digests) = done.unwrap() else {
+        panic!("digests were asked for");
+    };
+    (0..digests.len() / DIGEST_LEN)
+        .map(|at| content_at(&digests, at))
+        .collect()
+}
+
+fn digester() -> Digester {
+    Digester::new(HashKind::Xxh3, Seed([3; 32]))
+}
+
+fn contents(blocks: &[u8]) -> Vec<Content> {
+    let content = |byte: &u8| digester().content(&vec![*byte; BLOCK_LEN]);
+    blocks.iter().map(content).collect()
+}
+
+fn fates(recovery: Recovery) -> Vec<Fate> {
+    recover(recovery)
+        .unwrap()
+        .iter()
+        .map(|each| each.fate)
+        .collect()
+}
+
+#[test]
+fn what_is_staged_counts_at_the_commit_and_leaves_nothing() {
+    let ground = Ground::new();
+    let inode = fs::metadata(ground.disk()).unwrap().ino();
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    assert_eq!(story.begun[0].apply, Apply::Staged);
+    assert_eq!(ground.holds("disk"), OLD);
+    story.finish();
+    assert_eq!(ground.holds("disk"), NEW);
+    assert_eq!(ground.names(), ["disk"]);
+    assert_eq!(fs::metadata(ground.disk()).unwrap().ino(), inode);
+    assert_eq!(fates(Recovery::RollBack), []);
+}
+
+#[test]
+fn a_broken_run_is_rolled_back_or_taken_up() {
+    let ground = Ground::new();
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    drop(story);
+    assert_eq!(fates(Recovery::List), [Fate::Waiting]);
+    assert_eq!(fates(Recovery::Finish), [Fate::Waiting]);
+
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    assert!(story.begun[0].resumed);
+    assert_eq!(seen(&story.begun[0].disk), contents(&NEW));
+    drop(story);
+    assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
+    assert_eq!(ground.holds("disk"), OLD);
+    assert_eq!(ground.names(), ["disk"]);
+    assert_eq!(fates(Recovery::List), []);
+}
+
+#[test]
+fn a_run_that_is_taken_up_needs_no_second_shipping() {
+    let ground = Ground::new();
+    Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.finish();
+    assert_eq!(ground.holds("disk"), NEW);
+    assert_eq!(ground.names(), ["disk"]);
+}
+
+#[test]
+fn what_was_committed_goes_forward_with_the_next_run_or_with_recover() {
+    for by_recover in [false, true] {
+        let ground = Ground::new();
+        ground.make("other");
+        let paths = [ground.disk(), ground.path("other")];
+        let mut story = Story::begin(&paths, ApplyChoice::Staged);
+        story.change();
+        story.prepare();
+        story.note_commit();
+        // Killed while the first has lost its name.
+        story.destinations[0].take_away().unwrap();
+        drop(story);
+        assert!(!ground.disk().exists());
+        let refused = open(&ground.disk(), Access::Source).unwrap_err();
+        assert!(refused.message.contains("recover"), "{refused}");
+        if by_recover {
+            assert_eq!(fates(Recovery::List), [Fate::Unfinished, Fate::Unfinished]);
+            assert_eq!(
+                fates(Recovery::RollBack),
+                [Fate::Finished, Fate::Finished],
+                "a committed run is never rolled back"
+            );
+        } else {
+            assert_eq!(settle(&ground.disk()).unwrap().len(), 1);
+        }
+        assert_eq!(ground.holds("disk"), NEW);
+        assert_eq!(ground.holds("other"), NEW);
+        assert_eq!(ground.names(), ["disk", "other"]);
+    }
+}
+
+#[test]
+fn a_disk_that_was_used_after_a_crash_is_not_made_a_mixture() {
+    let ground = Ground::new();
+    let mut story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    story.prepare();
+    story.note_commit();
+    drop(story);
+    let file = File::options().write(true).open(ground.disk()).unwrap();
+    file.write_all_at(&[55; BLOCK_LEN], 0).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    let refused = settle(&ground.disk()).unwrap_err();
+    assert_eq!(refused.code, FailureCode::Refused);
+    assert_eq!(fates(Recovery::RollBack), [Fate::Stuck]);
+    assert_eq!(ground.holds("disk"), [55, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn a_journal_that_is_damaged_or_of_another_disk_is_ignored_with_a_warning() {
+    type Spoil = fn(&Ground);
+    let spoils: [(&str, Spoil); 3] = [
+        ("damaged", |ground| {
+            let journal = ground.path(".disk.kc-journal");
+            let file = File::options().write(true).open(journal).unwrap();
+            file.write_all_at(&[0xff; 32], 0).unwrap();
+            file.write_all_at(&[0xff; 32], 16 * 1024).unwrap();
+        }),
+        ("of a later version", |ground| {
+            let journal = ground.path(".disk.kc-journal");
+            let file = File::options().write(true).open(journal).unwrap();
+            file.write_all_at(&[9], 8).unwrap();
+            file.write_all_at(&[9], 16 * 1024 + 8).unwrap();
+        }),
+        ("of another disk", |ground| {
+            fs::remove_file(ground.disk()).unwrap();
+            ground.make("disk");
+        }),
+    ];
+    for (what, spoil) in spoils {
+        let ground = Ground::new();
+        Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+        spoil(&ground);
+        let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+        let begun = &story.begun[0];
+        assert!(!begun.resumed, "{what}");
+        assert!(
+            begun.warnings[0].contains("ignored"),
+            "{what}: {:?}",
+            begun.warnings
+        );
+        assert_eq!(seen(&begun.disk), contents(&OLD), "{what}");
+        story.change();
+        story.finish();
+        assert_eq!(ground.holds("disk"), NEW, "{what}");
+        assert_eq!(ground.names(), ["disk"], "{what}");
+    }
+}
+
+#[test]
+fn a_staged_block_that_is_damaged_is_shipped_again() {
+    let ground = Ground::new();
+    Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+    let stage = ground.path(".disk.kc-stage");
+    let file = File::options().write(true).open(stage).unwrap();
+    file.write_all_at(&[98], 2 * BLOCK_SIZE + 100).unwrap();
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    let disk = Arc::clone(&story.begun[0].disk);
+    assert_eq!(seen(&disk), contents(&[1, 2, 3, 4, 5, 0, 7, 8]));
+    put(&disk, 2, 99);
+    drop(disk);
+    story.finish();
+    assert_eq!(ground.holds("disk"), NEW);
+}
+
+#[test]
+fn in_place_is_torn_until_a_run_has_finished() {
+    let ground = Ground::new();
+    Story::begin(&[ground.disk()], ApplyChoice::Inplace).change();
+    assert_eq!(ground.holds("disk"), NEW);
+    let refused = open(&ground.disk(), Access::Source).unwrap_err();
+    assert!(refused.message.contains("torn"), "{refused}");
+    assert_eq!(fates(Recovery::RollBack), [Fate::Torn]);
+
+    // A run that stages and breaks off does not make it whole.
+    Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+    assert_eq!(fates(Recovery::RollBack), [Fate::Torn]);
+    assert!(open(&ground.disk(), Access::Source).is_err());
+
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    story.finish();
+    assert!(open(&ground.disk(), Access::Source).is_ok());
+    assert_eq!(ground.names(), ["disk"]);
+}
+
+#[test]
+fn a_run_without_changes_leaves_the_disk_as_it_is() {
+    let ground = Ground::new();
+    let before = fs::metadata(ground.disk()).unwrap();
+    Story::begin(&[ground.disk()], ApplyChoice::Auto).finish();
+    let after = fs::metadata(ground.disk()).unwrap();
+    assert_eq!(
+        (before.ino(), before.modified().unwrap()),
+        (after.ino(), after.modified().unwrap())
+    );
+    assert_eq!(ground.names(), ["disk"]);
+}
+
+#[test]
+fn a_new_destination_that_breaks_off_is_taken_up_or_removed() {
+    let ground = Ground::new();
+    let path = ground.path("fresh");
+    let story = Story::begin(std::slice::from_ref(&path), ApplyChoice::Auto);
+    assert_eq!(story.begun[0].apply, Apply::New);
+    story.change();
+    drop(story);
+    assert!(Story::begin(std::slice::from_ref(&path), ApplyChoice::Auto).begun[0].resumed);
+    assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
+    assert_eq!(ground.names(), ["disk"]);
+}
+
+#[test]
+fn a_name_that_was_taken_meanwhile_is_left_alone() {
+    let ground = Ground::new();
+    let path = ground.path("fresh");
+    let mut story = Story::begin(std::slice::from_ref(&path), ApplyChoice::Auto);
+    story.change();
+    story.prepare();
+    story.note_commit();
+    fs::write(&path, "theirs").unwrap();
+    let failure = story.destinations[0].forward().unwrap_err();
+    assert_eq!(failure.code, FailureCode::Refused);
+    assert_eq!(fs::read(&path).unwrap(), b"theirs");
+}
+
+#[test]
+fn what_stands_in_the_way_is_not_taken_up() {
+    let ground = Ground::new();
+    std::os::unix::fs::symlink("/etc/passwd", ground.path(".fresh.kc-new")).unwrap();
+    let destination = Destination::open(&ground.path("fresh")).unwrap();
+    let failure = destination.describe(0).unwrap_err();
+    assert_eq!(failure.code, FailureCode::Refused);
+    let linked = Path::new("/etc/passwd");
+    assert!(linked.exists());
+}
+
+#[test]
+fn two_runs_never_meet_on_one_disk() {
+    let ground = Ground::new();
+    let first = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    first.change();
+    assert_eq!(settle(&ground.disk()).unwrap_err().code, FailureCode::Busy);
+    let second = Destination::open(&ground.disk()).unwrap_err();
+    assert_eq!(second.code, FailureCode::Busy);
+    assert_eq!(fates(Recovery::RollBack), [Fate::Running]);
+    first.finish();
+    assert_eq!(ground.holds("disk"), NEW);
+}
+
+#[test]
+fn the_space_for_holes_is_reserved_and_given_back() {
+    let ground = Ground::new();
+    let file = File::create(ground.disk()).unwrap();
+    file.set_len(geometry().size()).unwrap();
+    drop(file);
+    let occupied = || fs::metadata(ground.disk()).unwrap().blocks();
+    let before = fs::metadata(ground.disk()).unwrap().modified().unwrap();
+    let mut story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    assert_eq!(occupied(), 0);
+    story.prepare();
+    assert_eq!(occupied() * 512, BLOCK_SIZE, "one block will be filled");
+    let after = fs::metadata(ground.disk()).unwrap().modified().unwrap();
+    assert_eq!(before, after, "the old version is as it was");
+    drop(story);
+    assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
+    assert_eq!(occupied(), 0);
+}

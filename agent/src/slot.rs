@@ -1,0 +1,229 @@
+//! A disk under its number: what a controller may ask of it, and in which order.
+//!
+//! ```text
+//!  open ─ start ─ session … ended ─ prepare ─ commit
+//! ```
+//!
+//! Everything here may block, and is called on threads that may.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use kvm_clone_protocol::digest::Digester;
+use kvm_clone_protocol::message::{
+    Access, FailureCode, Open, Opened, Prepare, Prepared, Role, SessionParams, Start, Started,
+};
+use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
+use kvm_clone_protocol::units::Geometry;
+
+use crate::disk::{self, Destination, Disk, Image, Run, Target, Version};
+use crate::failure::Failure;
+use crate::session::Session;
+
+/// An open disk.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    access: Access,
+    target: Target,
+    /// What a source was when it was opened.
+    version: Option<Version>,
+    /// Of the session that has been started.
+    params: Option<SessionParams>,
+    is_prepared: bool,
+    progress: Arc<Milestones>,
+}
+
+/// How far the session of a disk has come. A destination is prepared only after one that ended
+/// well, whatever the controller asks.
+#[derive(Debug, Default)]
+pub(crate) struct Milestones {
+    ended: AtomicBool,
+    failed: OnceLock<FailureCode>,
+}
+
+impl Milestones {
+    /// The session has ended well, and its changes count.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Remembers why it went no further. The first failure is the one that counts.
+    pub(crate) fn fail(&self, code: FailureCode) {
+        let _ = self.failed.set(code);
+    }
+}
+
+/// A session that can run, and what the controller is told of it.
+pub(crate) struct Ready {
+    pub(crate) session: Session,
+    pub(crate) started: Started,
+    pub(crate) warnings: Vec<String>,
+    pub(crate) progress: Arc<Milestones>,
+    pub(crate) watch: Option<Watch>,
+}
+
+/// A source that should not change while it is read.
+pub(crate) struct Watch {
+    image: Arc<Image>,
+    version: Version,
+    /// The user knows that it may.
+    is_live: bool,
+}
+
+impl Watch {
+    /// Gives back what the user ought to know.
+    ///
+    /// # Errors
+    /// [`Failure`] when the source has changed, and must not.
+    pub(crate) fn look(&self) -> Result<Option<String>, Failure> {
+        match self.image.check_unchanged(&self.version) {
+            Ok(()) => Ok(None),
+            Err(failure) if self.is_live => {
+                Ok(Some(format!("{failure}: the copy is probably torn")))
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+}
+
+impl Slot {
+    /// Opens a disk. Also gives back what the user ought to know.
+    ///
+    /// # Errors
+    /// As [`disk::open`].
+    pub(crate) fn open(open: &Open) -> Result<(Self, Opened, Vec<String>), Failure> {
+        let path = Path::new(OsStr::from_bytes(&open.path));
+        let warnings = match open.access {
+            Access::Destination => disk::settle(path)?,
+            Access::Source | Access::LiveSource | Access::Compare => Vec::new(),
+        };
+        let target = disk::open(path, open.access)?;
+        let (opened, version) = match &target {
+            Target::Readable(image) => (disk::describe(image, open.disk)?, Some(image.version()?)),
+            Target::Destination(destination) => (destination.describe(open.disk)?, None),
+        };
+        let slot = Self {
+            access: open.access,
+            target,
+            version,
+            params: None,
+            is_prepared: false,
+            progress: Arc::default(),
+        };
+        Ok((slot, opened, warnings))
+    }
+
+    /// Makes ready for a session; a destination that is to be changed is noted in the run.
+    ///
+    /// # Errors
+    /// [`Failure`] of protocol, or as [`Destination::begin`].
+    pub(crate) fn start(&mut self, start: &Start, run: &mut Option<Run>) -> Result<Ready, Failure> {
+        let refused = |what: &str| Failure::new(FailureCode::Protocol, format!("start: {what}"));
+        let params = start.params;
+        let geometry = Geometry::new(params.size).ok_or_else(|| refused("the size is absurd"))?;
+        if self.params.is_some() || (start.role == Role::Sender) != self.access.is_source() {
+            return Err(refused("this disk is open for something else"));
+        }
+        if params.ship && self.access == Access::Compare {
+            return Err(refused("this disk is open for comparing only"));
+        }
+        let mut started = Started {
+            disk: start.disk,
+            apply: None,
+            resumed: false,
+        };
+        let mut warnings = Vec::new();
+        let disk = match &mut self.target {
+            Target::Readable(image) => Some(Arc::new(Disk::of(Arc::clone(image)))),
+            Target::Destination(destination) if params.ship => {
+                let run = match run {
+                    Some(run) => run,
+                    none => none.insert(Run::begin()?),
+                };
+                let stage_dir = Some(Path::new(OsStr::from_bytes(&start.stage_dir)))
+                    .filter(|path| !path.as_os_str().is_empty());
+                let begun = destination.begin(geometry, start.apply, stage_dir, run)?;
+                started.apply = Some(begun.apply);
+                started.resumed = begun.resumed;
+                warnings = begun.warnings;
+                Some(begun.disk)
+            }
+            Target::Destination(destination) => destination
+                .base()
+                .map(|base| Arc::new(Disk::of(Arc::clone(base)))),
+        };
+        self.params = Some(params);
+        let machine: Box<dyn Machine> = match start.role {
+            Role::Sender => Box::new(Sender::new(params, geometry)),
+            Role::Receiver => Box::new(Receiver::new(params, geometry)),
+        };
+        Ok(Ready {
+            session: Session {
+                machine,
+                disk,
+                geometry,
+                params,
+                compression: start.compression,
+            },
+            started,
+            warnings,
+            progress: Arc::clone(&self.progress),
+            watch: self.watch(),
+        })
+    }
+
+    fn watch(&self) -> Option<Watch> {
+        let (Target::Readable(image), Some(version)) = (&self.target, self.version) else {
+            return None;
+        };
+        self.access.is_source().then(|| Watch {
+            image: Arc::clone(image),
+            version,
+            is_live: self.access == Access::LiveSource,
+        })
+    }
+
+    /// Makes the changes durable, so that a commit cannot fail for want of anything.
+    ///
+    /// # Errors
+    /// [`Failure`] of protocol, or as [`Destination::prepare`].
+    pub(crate) fn prepare(&mut self, prepare: &Prepare) -> Result<Prepared, Failure> {
+        let number = prepare.disk;
+        let ready = self.params.filter(|params| {
+            params.ship && self.progress.ended.load(Ordering::Acquire) && !self.is_prepared
+        });
+        let (Some(params), Target::Destination(destination)) = (ready, &mut self.target) else {
+            let message = format!("prepare: disk {number} has nothing to prepare");
+            return Err(Failure::new(FailureCode::Protocol, message));
+        };
+        let geometry = Geometry::new(params.size).expect("checked when the session was started");
+        let digester = Digester::new(params.hash, params.seed);
+        let root = destination
+            .prepare(geometry, prepare.reread.then_some(&digester))
+            .inspect_err(|failure| self.progress.fail(failure.code))?;
+        self.is_prepared = true;
+        Ok(Prepared { disk: number, root })
+    }
+
+    /// The destination, if it is prepared.
+    pub(crate) fn prepared(&self) -> Option<&Destination> {
+        match &self.target {
+            Target::Destination(destination) if self.is_prepared => Some(destination),
+            _ => None,
+        }
+    }
+
+    /// The run ends here: keeps what the next one can take up. Tells whether anything is left.
+    pub(crate) fn abandon(&self) -> bool {
+        let code = self.progress.failed.get().copied();
+        match &self.target {
+            Target::Destination(destination) => {
+                destination.abandon(code.unwrap_or(FailureCode::Cancelled))
+            }
+            Target::Readable(_) => false,
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! The sessions of a transfer: some of its disks at once, each on a data connection of its own.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::os::unix::ffi::OsStrExt as _;
+
+use kvm_clone_protocol::digest::{Digest, Seed};
+use kvm_clone_protocol::message::{
+    Apply, Control, Counters, DiskKind, Ended, Role, SessionParams, Start, Started,
+};
+use kvm_clone_protocol::units::BLOCK_SIZE;
+
+use super::pair::{Pair, Side, unexpected};
+use super::route::{self, Connection};
+use super::{Disks, number};
+use crate::error::{Error, ErrorCode, Result};
+use crate::progress::Progress;
+use crate::transfer::request::{Operation, Request, RouteChoice};
+use crate::transfer::result::Route;
+use crate::transfer::{At as _, Context, Job, Stopped};
+
+/// What both ends agreed on for a disk, where anything was shipped.
+pub(super) type Root = Option<Digest>;
+
+/// All disks of a transfer.
+pub(super) struct Sessions<'a, 'b> {
+    context: &'a Context,
+    pair: &'a mut Pair,
+    jobs: &'a mut [Job<'b>],
+    disks: &'a [Disks],
+    ships: bool,
+    running: BTreeMap<usize, Running>,
+    roots: Vec<Root>,
+    /// The route that the first one found.
+    route: Option<RouteChoice>,
+}
+
+/// A disk whose session is under way.
+struct Running {
+    connection: Connection,
+    progress: Progress,
+    sent: Option<Ended>,
+    received: Option<Ended>,
+}
+
+impl<'a, 'b> Sessions<'a, 'b> {
+    pub(super) fn new(
+        context: &'a Context,
+        pair: &'a mut Pair,
+        jobs: &'a mut [Job<'b>],
+        disks: &'a [Disks],
+        ships: bool,
+    ) -> Self {
+        let roots = vec![None; jobs.len()];
+        Self {
+            context,
+            pair,
+            jobs,
+            disks,
+            ships,
+            running: BTreeMap::new(),
+            roots,
+            route: None,
+        }
+    }
+
+    /// Runs them all, `parallel` at once. One that fails ends the others, since nothing comes of
+    /// them alone; a comparison goes on, since each disk's difference is news.
+    pub(super) async fn run(&mut self, parallel: NonZeroUsize) -> Result<Vec<Root>, Stopped> {
+        let mut next = 0;
+        loop {
+            while next < self.jobs.len() && self.running.len() < parallel.get() {
+                self.start(next).await.at(next)?;
+                next += 1;
+            }
+            if self.running.is_empty() {
+                return Ok(std::mem::take(&mut self.roots));
+            }
+            match self.pair.next().await {
+                Ok((side, said)) => self.hear(side, said)?,
+                Err(stopped) => self.failed(stopped).await?,
+            }
+        }
+    }
+
+    async fn failed(&mut self, stopped: Stopped) -> Result<(), Stopped> {
+        let Stopped { at, mut error } = stopped;
+        if self.jobs[at].result.error.is_some() {
+            // The other end of a session that has failed already.
+            return Ok(());
+        }
+        let ended = self.running.remove(&at);
+        if let Some(Running {
+            mut connection,
+            progress,
+            ..
+        }) = ended
+        {
+            progress.finish();
+            if error.code() == ErrorCode::Interrupted
+                && let Some(relay) = &mut connection.relay
+            {
+                error = relay.failure().await.unwrap_or(error);
+            }
+        }
+        let goes_on = self.jobs[0].request.operation == Operation::Verify
+            && !matches!(error.code(), ErrorCode::Interrupted | ErrorCode::Protocol);
+        if !goes_on {
+            return Err(Stopped { at, error });
+        }
+        self.jobs[at].result.error = Some(error);
+        Ok(())
+    }
+
+    async fn start(&mut self, at: usize) -> Result<()> {
+        let request = self.jobs[at].request;
+        let choice = self.route.unwrap_or(request.options.route);
+        let connection = route::connect(self.pair, choice, number(at)).await?;
+        if connection.route == Route::Relay {
+            self.route = Some(RouteChoice::Relay);
+        }
+        let params = self.params(at)?;
+        for (side, role) in [
+            (Side::Destination, Role::Receiver),
+            (Side::Source, Role::Sender),
+        ] {
+            let start = start(request, number(at), connection.link, role, params);
+            match self.pair.ask(side, Some(start.disk), &start).await? {
+                Control::Started(started) if started.disk == start.disk => {
+                    self.begun(at, side, &started);
+                }
+                answer => return Err(unexpected("start", &answer)),
+            }
+        }
+        let result = &mut self.jobs[at].result;
+        result.route = Some(connection.route);
+        result.protocol_version = Some(connection.version);
+        let running = Running {
+            connection,
+            progress: Progress::new(params.size, &self.context.progress),
+            sent: None,
+            received: None,
+        };
+        self.running.insert(at, running);
+        Ok(())
+    }
+
+    fn begun(&mut self, at: usize, side: Side, started: &Started) {
+        if side != Side::Destination {
+            return;
+        }
+        let result = &mut self.jobs[at].result;
+        result.resumed |= started.resumed;
+        if let Some(apply) = started.apply {
+            result.apply = name_of(apply);
+        }
+    }
+
+    fn params(&self, at: usize) -> Result<SessionParams> {
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed).map_err(|error| {
+            Error::new(ErrorCode::Internal, "the system gives no random numbers").caused_by(error)
+        })?;
+        let Disks {
+            source,
+            destination,
+        } = &self.disks[at];
+        Ok(SessionParams {
+            size: source.size,
+            hash: self.jobs[at].request.options.hash,
+            seed: Seed(seed),
+            compare: destination.kind != DiskKind::Missing || (self.ships && destination.resumed),
+            ship: self.ships,
+        })
+    }
+
+    /// Takes in what an agent says while sessions run.
+    fn hear(&mut self, side: Side, said: Control) -> Result<(), Stopped> {
+        match (side, said) {
+            (_, Control::Warning(warning)) => {
+                let at = warning.disk.and_then(|disk| usize::try_from(disk).ok());
+                let at = at.filter(|at| *at < self.jobs.len()).unwrap_or(0);
+                self.jobs[at].result.warnings.push(warning.message);
+                Ok(())
+            }
+            (Side::Source, Control::Progress(news)) => {
+                let at = self.at(news.disk)?;
+                self.jobs[at].result.count_sender(&news.counters);
+                Ok(())
+            }
+            (Side::Destination, Control::Progress(news)) => {
+                let at = self.at(news.disk)?;
+                let result = &mut self.jobs[at].result;
+                result.count_receiver(&news.counters);
+                let read = result.bytes_read_source;
+                if let Some(running) = self.running.get_mut(&at) {
+                    show(&mut running.progress, &news.counters, read);
+                }
+                Ok(())
+            }
+            (side, Control::Ended(ended)) => self.ended(side, ended),
+            (_, other) => Err(unexpected("a session", &other).into()),
+        }
+    }
+
+    /// The job of a disk whose session is under way.
+    fn at(&self, disk: u32) -> Result<usize> {
+        let at = usize::try_from(disk).ok();
+        at.filter(|at| self.running.contains_key(at))
+            .ok_or_else(|| {
+                let message = format!("an agent speaks of disk {disk}, on which nothing runs");
+                Error::new(ErrorCode::Protocol, message)
+            })
+    }
+
+    fn ended(&mut self, side: Side, ended: Ended) -> Result<(), Stopped> {
+        let at = self.at(ended.disk)?;
+        let result = &mut self.jobs[at].result;
+        let Some(running) = self.running.get_mut(&at) else {
+            return Ok(());
+        };
+        match side {
+            Side::Source => {
+                result.count_sender(&ended.counters);
+                if !self.ships {
+                    result.first_difference = ended.first_difference.map(|n| n * BLOCK_SIZE);
+                }
+                running.sent = Some(ended);
+            }
+            Side::Destination => {
+                result.count_receiver(&ended.counters);
+                running.received = Some(ended);
+            }
+        }
+        let (Some(sent), Some(received)) = (&running.sent, &running.received) else {
+            return Ok(());
+        };
+        // The agents have compared their roots; so does the controller, which trusts neither
+        // alone.
+        if self.ships && (sent.root.is_none() || sent.root != received.root) {
+            return Err(differ(self.jobs[at].request)).at(at);
+        }
+        self.roots[at] = sent.root;
+        if let Some(running) = self.running.remove(&at) {
+            running.progress.finish();
+        }
+        Ok(())
+    }
+}
+
+fn start(request: &Request, disk: u32, link: u32, role: Role, params: SessionParams) -> Start {
+    let options = &request.options;
+    let stage_dir = options.stage_dir.as_ref();
+    Start {
+        disk,
+        link,
+        role,
+        params,
+        compression: options.compression,
+        rate_limit: match role {
+            Role::Sender => options.bandwidth_limit.unwrap_or(0),
+            Role::Receiver => 0,
+        },
+        apply: options.apply,
+        stage_dir: stage_dir.map_or_else(Vec::new, |path| path.as_os_str().as_bytes().to_vec()),
+    }
+}
+
+/// A way to apply as results name it: what did not exist waits under a temporary name.
+fn name_of(apply: Apply) -> &'static str {
+    match apply {
+        Apply::New | Apply::Staged => "staged",
+        Apply::Inplace => "inplace",
+        Apply::Reflink => "reflink",
+    }
+}
+
+/// The error for digests that are not the same.
+pub(super) fn differ(request: &Request) -> Error {
+    let message = format!(
+        "{} does not hold what {} holds: the digests differ",
+        request.destination, request.source
+    );
+    Error::new(ErrorCode::Mismatch, message)
+        .hint("run the same command again; if it stays so, a disk or a host is broken")
+}
+
+/// What the user sees is what has reached the destination.
+fn show(progress: &mut Progress, received: &Counters, read_source: Option<u64>) {
+    let settled = received.blocks_settled.saturating_mul(BLOCK_SIZE);
+    progress.update(settled, read_source.unwrap_or(0), received.bytes_wire);
+}

@@ -1,0 +1,8 @@
+//! See `kvm_clone_protocol::fuzzing::preamble`.
+
+#![no_main]
+
+use kvm_clone_protocol::fuzzing;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| fuzzing::preamble(data));

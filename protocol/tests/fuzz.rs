@@ -45,7 +45,7 @@ const STORIES: [(&str, &str, &[u8]); 25] = [
     (
         "preamble",
         "at-the-limit-in-pieces",
-        b"\xf8\x01\x03\x89KVC\r\n\x1a\n\x01\0\x03\0\x03\x02\x01\0",
+        b"\xf8\x01\x07\x89KVC\r\n\x1a\n\x01\0\x03\0\x03\x02\x01\0",
     ),
     (
         "preamble",

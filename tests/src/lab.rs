@@ -241,7 +241,9 @@ impl Lab {
     /// Runs `disk sync`, claims that it succeeds, that its figures add up and that the
     /// destination holds what the source holds, and gives the result.
     pub fn sync(&self, by: Journey, from: &Path, to: &Path, options: &[&str]) -> Outcome {
-        Outcome::of_sync(by, from, to, || self.disk("sync", by, from, to, options))
+        Outcome::of_sync(by, [from, to], options, || {
+            self.disk("sync", by, from, to, options)
+        })
     }
 }
 

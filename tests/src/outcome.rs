@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::controller::Run;
 use crate::image::{self, BLOCK, Difference, KIB};
 use crate::journey::Journey;
+use crate::process::tool;
 
 /// What a run may carry besides blocks and digests: the session's own messages.
 pub const SESSION_BYTES: u64 = 64 * KIB;
@@ -31,8 +32,14 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    pub(crate) fn of_sync(by: Journey, from: &Path, to: &Path, run: impl FnOnce() -> Run) -> Self {
+    pub(crate) fn of_sync(
+        by: Journey,
+        [from, to]: [&Path; 2],
+        options: &[&str],
+        run: impl FnOnce() -> Run,
+    ) -> Self {
         let missing = !to.exists();
+        let apply = apply(to, options);
         let before = image::difference(from, to);
         let run = run();
         let outcome = Self {
@@ -40,7 +47,7 @@ impl Outcome {
             before,
             run,
         };
-        outcome.assert_described(by);
+        outcome.assert_described(by, apply);
         outcome.assert_counted(from);
         if missing && outcome.json["resumed"] == false {
             assert_eq!(
@@ -90,12 +97,12 @@ impl Outcome {
         );
     }
 
-    fn assert_described(&self, by: Journey) {
+    fn assert_described(&self, by: Journey, apply: &str) {
         let (json, run) = (&self.json, &self.run);
         for (field, expected) in [
             ("operation", "disk-sync"),
             ("method", "blocksync"),
-            ("apply", "inplace"),
+            ("apply", apply),
             ("verified", "streamed"),
         ] {
             assert_eq!(json[field], expected, "{field} in {run}");
@@ -156,6 +163,27 @@ impl Outcome {
             "bytes_changed in {run}"
         );
     }
+}
+
+/// How changes are to reach a destination: as the user says, or as what is there allows.
+fn apply<'a>(to: &Path, options: &[&'a str]) -> &'a str {
+    let option = options.windows(2).find(|words| words[0] == "--apply");
+    match option.map_or("auto", |words| words[1]) {
+        "auto" if to.is_file() && makes_reflinks(to) => "reflink",
+        "auto" => "staged",
+        chosen => chosen,
+    }
+}
+
+/// Whether the file system of a path shares blocks between files.
+///
+/// # Panics
+/// When it cannot be asked.
+#[must_use]
+pub fn makes_reflinks(path: &Path) -> bool {
+    let words = ["-L", "-f", "-c", "%T", "--"].map(AsRef::as_ref);
+    let kind = tool("stat", words.into_iter().chain([path.as_os_str()]));
+    matches!(kind.trim(), "xfs" | "btrfs")
 }
 
 /// Claims that a fresh copy occupies no more than the source's bytes that are not zeros, by more

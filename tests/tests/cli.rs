@@ -6,7 +6,7 @@ use kvm_clone_tests::controller::{Controller, Run};
 use tempfile::TempDir;
 
 /// What is there. A command that does not exist yet is not listed, even if it is promised.
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "agent",
     "clone",
     "completions",
@@ -17,6 +17,7 @@ const COMMANDS: [&str; 12] = [
     "history",
     "list",
     "man",
+    "recover",
     "sync",
     "verify",
 ];

@@ -254,12 +254,13 @@ impl Destination {
         let (file, journal) = match left {
             Some(left) => left,
             None => {
+                // Where none can be made, what waits from an earlier run is of use.
+                let file = self.make_clone(base)?;
                 self.clear_away(base, before.journal.take().as_ref())?;
                 let header = Header {
                     torn: before.torn,
                     ..self.header(base, Way::Reflink, PathBuf::new())?
                 };
-                let file = self.make_clone(base)?;
                 // It gets its name only when the journal says whose it is.
                 let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;

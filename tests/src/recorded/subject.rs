@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::Path;
 use std::process::Command;
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::controller::{Controller, Run};
@@ -18,8 +17,8 @@ pub trait Subject: fmt::Debug + Sync {
     /// Makes `disk` hold what `source` holds, and returns when it is promised that it will.
     fn replace(&self, controller: &Controller, source: &Path, disk: &Path);
 
-    /// Ends what a crash has interrupted.
-    fn recover(&self, controller: &Controller, disk: &Path);
+    /// Ends what a crash has interrupted. Gives whether it says that the disk is whole.
+    fn recover(&self, controller: &Controller, disk: &Path) -> bool;
 
     /// Whether there is a file to be replaced, or nothing yet.
     fn overwrites(&self) -> bool {
@@ -31,75 +30,86 @@ pub trait Subject: fmt::Debug + Sync {
         false
     }
 
+    /// Whether the disk may be torn as long as recovery says so. Another run mends it.
+    fn may_tear(&self) -> bool {
+        false
+    }
+
     /// Whether a file of this name may lie beside the disk after recovery.
     fn may_leave(&self, _name: &str) -> bool {
         false
     }
 }
 
-/// `kvm-clone-ctl disk sync` within this machine.
+/// `kvm-clone-ctl disk sync` within this machine, and `recover`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Product {
     /// Onto nothing.
     New,
-    /// Onto a file, in place.
+    /// `--apply inplace`.
     InPlace,
-    /// Onto a file, beside which the changes wait.
+    /// `--apply staged`.
     Staged,
-    /// Onto a file, in whose place comes a copy that shares its blocks.
+    /// `--apply reflink`.
     Reflink,
 }
 
 impl Product {
-    /// As `--apply` takes it; what is new has no choice.
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::New, Self::InPlace, Self::Staged, Self::Reflink];
+
+    /// What `--apply` is told, and what the result says.
     fn apply(self) -> &'static str {
         match self {
-            Self::New => "auto",
             Self::InPlace => "inplace",
-            Self::Staged => "staged",
+            Self::New | Self::Staged => "staged",
             Self::Reflink => "reflink",
         }
     }
 }
 
-impl FromStr for Product {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "new" => Ok(Self::New),
-            "inplace" => Ok(Self::InPlace),
-            "staged" => Ok(Self::Staged),
-            "reflink" => Ok(Self::Reflink),
-            _ => Err(format!("{name:?} is not new, inplace, staged or reflink")),
-        }
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "new",
+            existing => existing.apply(),
+        })
     }
 }
 
 impl Subject for Product {
     fn replace(&self, controller: &Controller, source: &Path, disk: &Path) {
-        let how = ["disk", "sync", "--apply", self.apply()].map(Path::new);
-        ended(controller.run([&how[..], &[source, disk]].concat())).expect_code(0);
+        let apply = self.apply();
+        let fixed = ["disk", "sync", "--apply", apply].map(AsRef::as_ref);
+        let run = ended(controller.run(fixed.into_iter().chain([source, disk])));
+        let result = run.expect_json();
+        assert_eq!(result["apply"], apply, "{run}");
     }
 
-    /// What was written in place can only be mended by the next run, and recovery says so.
-    fn recover(&self, controller: &Controller, _: &Path) {
+    fn recover(&self, controller: &Controller, _: &Path) -> bool {
         let run = ended(controller.run(["recover", "local"]));
-        if *self != Self::InPlace {
-            run.expect_code(0);
+        if run.code() == Some(1) && run.json()["hosts"][0]["error"]["code"] == "partial" {
+            return false;
         }
-    }
-
-    fn may_hide(&self) -> bool {
-        *self == Self::Staged
+        run.expect_code(0);
+        true
     }
 
     fn overwrites(&self) -> bool {
         *self != Self::New
     }
 
+    fn may_hide(&self) -> bool {
+        *self == Self::Staged
+    }
+
+    fn may_tear(&self) -> bool {
+        *self == Self::InPlace
+    }
+
+    /// What says that it is torn.
     fn may_leave(&self, name: &str) -> bool {
-        *self == Self::InPlace && name == ".disk.kc-journal"
+        self.may_tear() && name == ".disk.kc-journal"
     }
 }
 
@@ -190,8 +200,9 @@ impl Subject for Script {
         Self::run(self.replace, &[source, disk], disk);
     }
 
-    fn recover(&self, _: &Controller, disk: &Path) {
+    fn recover(&self, _: &Controller, disk: &Path) -> bool {
         Self::run(self.recover, &[Path::new(""), disk], disk);
+        true
     }
 
     fn may_hide(&self) -> bool {

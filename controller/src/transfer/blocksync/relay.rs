@@ -43,9 +43,13 @@ impl Relay {
         let (ours, theirs) = tokio::try_join!(one.preamble(), other.preamble())?;
         one.write(&theirs.encode()).await?;
         other.write(&ours.encode()).await?;
+        let (forth, back) = (
+            [one.name.clone(), other.name.clone()],
+            [other.name, one.name],
+        );
         let pumps = [
-            tokio::spawn(pump(one.name.clone(), one.stdout, one.buffer, other.stdin)),
-            tokio::spawn(pump(other.name, other.stdout, other.buffer, one.stdin)),
+            tokio::spawn(pump(forth, one.stdout, one.buffer, other.stdin)),
+            tokio::spawn(pump(back, other.stdout, other.buffer, one.stdin)),
         ];
         Ok(Self {
             pumps,
@@ -146,7 +150,7 @@ impl End {
 
 /// Moves data frames in one direction, a frame at a time, so that a slow end slows the other.
 async fn pump(
-    from: String,
+    [from, to]: [String; 2],
     mut stdout: ChildStdout,
     mut buffer: BytesMut,
     mut stdin: ChildStdin,
@@ -163,7 +167,7 @@ async fn pump(
             frame.encode_head(&mut head);
             write_pair(&mut stdin, head.freeze(), frame.payload)
                 .await
-                .map_err(|error| broken(&from).caused_by(error))?;
+                .map_err(|error| broken(&to).caused_by(error))?;
         }
         if buffer.capacity() - buffer.len() < READ_SIZE / 4 {
             buffer.reserve(READ_SIZE);

@@ -239,6 +239,9 @@ pub(super) fn facts(temporary: &str, libvirt: &str, root_agent: Option<&[u8]>) -
         p=/var/lib/libvirt/images; [ -d "$p" ] || p=/;
         r=$(df -Pk "$p" 2>/dev/null | {{ read -r h; read -r l; echo "$l"; }});
         set -- $r; fact free "${{4:-}} $p";
+        case $u in (0) p=/var/lib/kvm-clone ;; (*) p=${{XDG_STATE_HOME:-$HOME/.local/state}}/kvm-clone ;; esac;
+        fact unfinished "$(for d in runs clones paused; do ls "$p/$d" 2>/dev/null; done |
+            while read -r l; do case $l in (*.run|*.json) echo ;; esac; done | wc -l)";
         {sudo}
         fact end """#,
         libvirt = word(libvirt.as_bytes())?

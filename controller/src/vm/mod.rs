@@ -20,6 +20,7 @@ mod obstacle;
 mod pairs;
 mod plan;
 mod record;
+pub mod recover;
 mod reference;
 pub mod result;
 mod space;

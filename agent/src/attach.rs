@@ -1,5 +1,8 @@
 //! `kvm-clone-agent attach NAME`: joins the serving agent of the same user on this host, hands it
 //! standard input and output as a data connection, and waits until that has ended.
+//!
+//! Whoever may run this and nothing else can bring data, to an agent that waits for it and whose
+//! controller has given the token away, and do nothing else.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read};

@@ -10,6 +10,8 @@ use kvm_clone_protocol::preamble::PreambleError;
 use kvm_clone_protocol::sync::SyncError;
 use thiserror::Error;
 
+use crate::disk::Forbidden;
+
 /// A failure: who has to act, and a message that names the thing.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{message}")]
@@ -32,6 +34,7 @@ impl Failure {
     /// An operating system's error about a path: `doing` reads as in "reading /a/b".
     pub(crate) fn io(doing: &str, path: &Path, error: &io::Error) -> Self {
         let code = match error.kind() {
+            io::ErrorKind::Other if is_forbidden(error) => FailureCode::Refused,
             io::ErrorKind::NotFound => FailureCode::NotFound,
             io::ErrorKind::StorageFull
             | io::ErrorKind::QuotaExceeded
@@ -64,6 +67,10 @@ impl Failure {
             message: self.message,
         }
     }
+}
+
+fn is_forbidden(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<Forbidden>())
 }
 
 impl From<SyncError> for Failure {

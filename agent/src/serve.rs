@@ -24,6 +24,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use crate::channel::{BEAT, FrameReader, FrameWriter, SILENCE};
+use crate::commands::Commands;
 use crate::disk::{self, Run};
 use crate::failure::Failure;
 use crate::link::{self, Link, Listener};
@@ -40,11 +41,11 @@ const MAX_LINKS: usize = 512;
 /// destination that is finished is worth more than one that waits for `recover`.
 const COMMIT_GRACE: Duration = Duration::from_secs(5);
 
-/// Serves a controller until it hangs up.
+/// Serves a controller until it hangs up. It may have us run `commands`.
 ///
 /// # Errors
 /// [`Failure`] when what comes is not a controller of a version that is understood.
-pub(crate) async fn serve() -> Result<(), Failure> {
+pub(crate) async fn serve(commands: Commands) -> Result<(), Failure> {
     let broken =
         |error: io::Error| Failure::link(format!("opening the control connection: {error}"));
     let input = io::stdin().as_fd().try_clone_to_owned().map_err(broken)?;
@@ -57,7 +58,7 @@ pub(crate) async fn serve() -> Result<(), Failure> {
     let pool = Pool::start().map_err(|error| {
         Failure::new(FailureCode::Internal, format!("starting threads: {error}"))
     })?;
-    let mut server = Server::new(Answers(answers), pool);
+    let mut server = Server::new(Answers(answers), pool, commands);
     let mut beats = interval_at(Instant::now() + BEAT, BEAT);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = loop {
@@ -192,6 +193,7 @@ impl Answers {
 struct Server {
     answers: Answers,
     pool: Pool,
+    commands: Commands,
     disks: HashMap<u32, Shelf>,
     links: HashMap<u32, JoinHandle<Result<Link, Failure>>>,
     /// The destinations that are changed together.
@@ -204,10 +206,11 @@ struct Server {
 type Shelf = Arc<Mutex<Option<Slot>>>;
 
 impl Server {
-    fn new(answers: Answers, pool: Pool) -> Self {
+    fn new(answers: Answers, pool: Pool, commands: Commands) -> Self {
         Self {
             answers,
             pool,
+            commands,
             disks: HashMap::new(),
             links: HashMap::new(),
             run: Arc::default(),
@@ -290,6 +293,7 @@ impl Server {
     }
 
     fn dial(&mut self, dial: Dial) -> Result<(), Failure> {
+        self.commands.permit(&dial.command)?;
         let (number, answers) = (dial.link, self.answers.clone());
         let version = link_version(dial.version)?;
         self.check_links(number)?;

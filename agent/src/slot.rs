@@ -96,6 +96,7 @@ impl Slot {
     /// As [`disk::open`].
     pub(crate) fn open(open: &Open) -> Result<(Self, Opened, Vec<String>), Failure> {
         let path = Path::new(OsStr::from_bytes(&open.path));
+        disk::permit(path, open.access)?;
         let warnings = match open.access {
             Access::Destination => disk::settle(path)?,
             Access::Source | Access::LiveSource | Access::Compare => Vec::new(),

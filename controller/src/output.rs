@@ -29,9 +29,12 @@ pub fn to_stdout(bytes: impl AsRef<[u8]>) -> Result<()> {
     }
 }
 
-/// Writes to standard error; there is nobody to tell if that fails.
+/// Writes to standard error; there is nobody to tell if that fails. What a host says is in there,
+/// and it has no say in what a terminal does.
 pub fn to_stderr(text: &str) {
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    let _ = std::io::stderr()
+        .lock()
+        .write_all(harmless(text).as_bytes());
 }
 
 /// Prints a result in the form that the user chose; `text` is only asked for where it is needed.
@@ -47,7 +50,7 @@ pub fn print(
         Error::new(ErrorCode::Internal, "the result cannot be printed").caused_by(error.to_string())
     };
     to_stdout(match format {
-        OutputFormat::Text => text(),
+        OutputFormat::Text => harmless(&text()),
         OutputFormat::Json => {
             serde_json::to_string_pretty(result).map_err(|error| internal(&error))? + "\n"
         }
@@ -229,15 +232,25 @@ pub fn iec(bytes: u64) -> String {
 
 /// A name that may hold anything, on one line of a terminal.
 pub fn printable(name: &str) -> String {
-    name.chars()
-        .map(|c| {
-            if c.is_control() {
-                c.escape_default().to_string()
-            } else {
-                c.to_string()
-            }
-        })
-        .collect()
+    escaped(name, |_| false)
+}
+
+/// Lines that may hold anything, for a terminal.
+fn harmless(text: &str) -> String {
+    // ssh ends its lines in both characters.
+    escaped(&text.replace("\r\n", "\n"), |c| matches!(c, '\n' | '\t'))
+}
+
+fn escaped(text: &str, is_spared: impl Fn(char) -> bool) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && !is_spared(c) {
+            plain.extend(c.escape_default());
+        } else {
+            plain.push(c);
+        }
+    }
+    plain
 }
 
 #[cfg(test)]
@@ -247,6 +260,13 @@ mod tests {
     #[test]
     fn names_cannot_write_to_the_terminal() {
         assert_eq!(printable("hv:/a\u{1b}[2J\nü"), "hv:/a\\u{1b}[2J\\nü");
+    }
+
+    #[test]
+    fn what_a_host_says_keeps_its_lines_and_cannot_write_to_the_terminal() {
+        let said = "error: hv: \u{1b}]0;x\u{7}\r\ncaused by:\tdenied\r\u{9b}2J\n";
+        let plain = "error: hv: \\u{1b}]0;x\\u{7}\ncaused by:\tdenied\\r\\u{9b}2J\n";
+        assert_eq!(harmless(said), plain);
     }
 
     #[test]

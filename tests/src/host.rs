@@ -181,9 +181,13 @@ impl Host {
     pub fn force(&self, owner: &str, command: &str) {
         assert!(!command.contains('"'));
         let path = self.directory.join("etc/authorized_keys");
-        let forced = |key: &str| match key.ends_with(&format!(" {owner}")) {
-            true => format!("restrict,command=\"{command}\" {key}\n"),
-            false => format!("{key}\n"),
+        let forced = |line: &str| match line.ends_with(&format!(" {owner}")) {
+            true => {
+                // Without what was forced before.
+                let key = &line[line.find("ssh-").expect("a key's kind")..];
+                format!("restrict,command=\"{command}\" {key}\n")
+            }
+            false => format!("{line}\n"),
         };
         write(&path, &read(&path).lines().map(forced).collect::<String>());
     }

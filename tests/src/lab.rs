@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -154,6 +155,41 @@ impl Lab {
     #[must_use]
     pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// Puts an agent where authorized_keys can name it, and leaves nothing else of ours on the
+    /// hosts. Gives its path.
+    ///
+    /// # Panics
+    /// When it cannot be had.
+    #[must_use]
+    pub fn install_agent(&self) -> String {
+        let deployed = self
+            .controller
+            .run(["agent", "deploy", "hvA"])
+            .expect_json();
+        let path = deployed["hosts"][0]["path"].as_str().unwrap_or_default();
+        let below_home = path.strip_prefix("/root/").expect("deployed at home");
+        // Under a name by which processes are known as agents.
+        let agent = self.path("kvm-clone/agent-installed");
+        let directory = agent.parent().expect("a path in the laboratory");
+        fs::create_dir_all(directory).expect("the laboratory is writable");
+        fs::copy(self.a.home().join(below_home), &agent).expect("it was just deployed");
+        let removed = self.controller.run(["agent", "remove", "hvA"]);
+        let _ = removed.expect_json();
+        agent
+            .to_str()
+            .expect("a laboratory has a plain path")
+            .to_owned()
+    }
+
+    /// What the controller's user gets from a host by hand.
+    #[must_use]
+    pub fn ssh(&self, host: &str, command: &str) -> Command {
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-F").arg(self.controller.ssh_config());
+        ssh.args([host, command]);
+        ssh
     }
 
     /// A block device of this size.

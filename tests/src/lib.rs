@@ -14,11 +14,13 @@
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
 //! and JSON. What fails in here, and not in the product, panics and names the thing, since a
-//! broken laboratory is a failed test.
+//! broken laboratory is a failed test. [`wire`] alone speaks the protocol, to play those who break its
+//! rules.
 
 #![forbid(unsafe_code)]
 
 pub mod campaign;
+pub mod confined;
 pub mod controller;
 pub mod host;
 pub mod hypervisor;
@@ -30,3 +32,4 @@ pub mod outcome;
 pub mod process;
 pub mod recorded;
 pub mod skip;
+pub mod wire;

@@ -122,6 +122,36 @@ fn a_disk_that_is_new_on_xfs_is_whole_or_not_there() {
     stands(&Product::New, Kind::Xfs);
 }
 
+/// Claims that the disk is the old version or the new one after recovery, and never torn before.
+fn is_never_torn(subject: &dyn Subject, kind: Kind) {
+    let Some(campaign) = doubted(subject, kind) else {
+        return;
+    };
+    let tally = campaign.round(0, CUTS);
+    let Counts { old, new, .. } = tally.recovered;
+    assert_eq!((tally.found.torn, old + new), (0, CUTS), "{tally}");
+}
+
+#[test]
+fn a_staged_disk_on_ext4_is_never_torn() {
+    is_never_torn(&Product::Staged, Kind::Ext4);
+}
+
+#[test]
+fn a_staged_disk_on_xfs_is_never_torn() {
+    is_never_torn(&Product::Staged, Kind::Xfs);
+}
+
+#[test]
+fn a_reflinked_disk_on_xfs_is_never_torn() {
+    is_never_torn(&Product::Reflink, Kind::Xfs);
+}
+
+#[test]
+fn a_reflinked_disk_on_btrfs_is_never_torn() {
+    is_never_torn(&Product::Reflink, Kind::Btrfs);
+}
+
 #[test]
 fn a_disk_that_was_torn_in_place_is_mended_by_the_next_run() {
     let campaign = doubted(&Product::InPlace, Kind::Ext4);

@@ -1,44 +1,27 @@
 //! Hosts whose authorized_keys start an agent for every login and let it run nothing else.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::ffi::OsString;
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 
 use kvm_clone_tests::image::{self, BLOCK, Piece};
 use kvm_clone_tests::journey::{Journey, on};
 use kvm_clone_tests::lab::Lab;
 
-/// A laboratory whose hosts can force an agent, and the command for that: a script stands for what
-/// the agent makes of a login's words. Nothing else of ours is on the hosts.
-fn start() -> Option<(Lab, String)> {
+/// A laboratory, and the commands that its hosts can force: for who controls, and for who brings
+/// data.
+fn start() -> Option<(Lab, String, String)> {
     let lab = Lab::start()?;
-    let deploy = lab.controller.run(["agent", "deploy", "hvA"]).expect_json();
-    let path = deploy["hosts"][0]["path"].as_str().unwrap();
-    let agent = lab.path("agent");
-    let deployed = lab.a.home().join(path.strip_prefix("/root/").unwrap());
-    fs::copy(deployed, &agent).unwrap();
-    let _ = lab.controller.run(["agent", "remove", "hvA"]).expect_json();
-
-    let script = lab.path("forced");
-    let text = r#"#!/bin/sh
-case $SSH_ORIGINAL_COMMAND in
-*" attach "*) exec AGENT attach "${SSH_ORIGINAL_COMMAND##* }" ;;
-*) exec AGENT serve ;;
-esac
-"#;
-    fs::write(&script, text.replace("AGENT", agent.to_str().unwrap())).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-    Some((lab, script.to_str().unwrap().to_owned()))
+    let agent = lab.install_agent();
+    let serve = format!("{agent} serve --allow {} --dial", lab.path("").display());
+    Some((lab, serve, format!("{agent} attach")))
 }
 
 /// Both hosts force an agent on everybody.
 fn start_forced() -> Option<Lab> {
-    let (lab, command) = start()?;
-    for owner in ["controller", "hvA", "hvB"] {
-        lab.a.force(owner, &command);
-        lab.b.force(owner, &command);
+    let (lab, serve, attach) = start()?;
+    for host in [&lab.a, &lab.b] {
+        host.force("controller", &serve);
+        host.force("hvA", &attach);
+        host.force("hvB", &attach);
     }
     Some(lab)
 }
@@ -73,9 +56,10 @@ fn a_disk_is_synced_by_every_route_and_nothing_is_left_on_the_hosts() {
 fn where_only_one_key_is_forced_some_route_is_found() {
     // The source host's key alone: what it asks for by a path is what it gets.
     for (owner, route) in [("hvA", "direct"), ("controller", "relay")] {
-        let Some((lab, command)) = start() else {
+        let Some((lab, serve, attach)) = start() else {
             return;
         };
+        let command = if owner == "hvA" { attach } else { serve };
         let (source, copy) = (lab.path("source"), lab.path("copy"));
         image::write(&source, &[Piece::Random(1, 20 * BLOCK + 5)]);
         lab.b.force(owner, &command);

@@ -4,11 +4,13 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use Piece::{Hole, Random};
+use kvm_clone_tests::controller::Running;
 use kvm_clone_tests::image::{self, MIB, Piece};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::Lab;
@@ -16,6 +18,7 @@ use kvm_clone_tests::process::{tool, wait_for};
 use kvm_clone_tests::skip::{find_tool, skip};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+use nix::sys::signal::Signal;
 
 const SIZE: u64 = 4 * MIB;
 
@@ -209,6 +212,43 @@ fn is_held(disk: &Path) -> bool {
     lock.l_type != i16::try_from(libc::F_UNLCK).unwrap()
 }
 
+/// A disk of this size takes a slow sync a minute, longer than any test looks at it.
+const SLOW_SIZE: u64 = 60 * MIB;
+
+/// A sync that goes on until it is interrupted.
+struct Slow<'a> {
+    running: Running,
+    source: &'a Path,
+    destination: &'a Path,
+}
+
+impl<'a> Slow<'a> {
+    fn start(lab: &Lab, source: &'a Path, destination: &'a Path) -> Self {
+        let slow = ["--bandwidth-limit", "1M"];
+        let running = lab.start_disk("sync", Journey::Local, source, destination, &slow);
+        let slow = Self {
+            running,
+            source,
+            destination,
+        };
+        wait_for("both locks", PATIENCE, || slow.holds_both().then_some(()));
+        slow
+    }
+
+    fn holds_both(&self) -> bool {
+        is_held(self.source) && is_held(self.destination)
+    }
+
+    fn interrupt(mut self) {
+        assert!(self.running.is_alive() && self.holds_both());
+        self.running.signal(Signal::SIGINT);
+        assert!(self.running.wait().is_interrupted());
+        wait_for("the end of the agents", PATIENCE, || {
+            (!is_held(self.source) && !is_held(self.destination)).then_some(())
+        });
+    }
+}
+
 /// Whether QEMU opens a disk, and what it says if not.
 fn qemu_opens(options: &[&str], disk: &Path) -> Result<(), String> {
     let mut command = Command::new(find_tool("qemu-io").unwrap());
@@ -232,16 +272,12 @@ fn while_a_sync_runs_nobody_has_its_destination_and_nobody_writes_its_source() {
     let disks = Disks::qcow2(&lab);
     // Random to the end, and other than the source's: the limit makes it take a while.
     let (noise, source) = (lab.path("noise"), lab.path("noise.qcow2"));
-    image::write(&noise, &[Random(5, 12 * MIB)]);
+    image::write(&noise, &[Random(5, SLOW_SIZE)]);
     let words = ["convert", "-f", "raw", "-O", "qcow2"].map(AsRef::as_ref);
     let last = [noise.as_os_str(), source.as_os_str()];
     tool("qemu-img", words.into_iter().chain(last));
     let (destination, other) = (&disks.destination, lab.path("other"));
-    let slow = ["--bandwidth-limit", "1M"];
-    let mut running = lab.start_disk("sync", Journey::Local, &source, destination, &slow);
-    wait_for("both locks", PATIENCE, || {
-        (is_held(&source) && is_held(destination)).then_some(())
-    });
+    let running = Slow::start(&lab, &source, destination);
 
     // QEMU, which is told by the kernel.
     for options in [
@@ -269,10 +305,11 @@ fn while_a_sync_runs_nobody_has_its_destination_and_nobody_writes_its_source() {
         }
     }
     sync(Journey::Relay, &source, &other).expect_code(0);
-    assert!(running.is_alive(), "the first has ended too early to tell");
-    running.wait().expect_code(0);
-    image::assert_equal(&source, destination);
     image::assert_equal(&source, &other);
+    running.interrupt();
+    lab.disk("sync", Journey::Relay, &source, destination, &[])
+        .expect_code(0);
+    image::assert_equal(&source, destination);
 }
 
 /// A device as the destination of a file, and what is on it.
@@ -347,16 +384,12 @@ fn a_device_that_qemu_has_is_refused_by_its_lock_on_every_host() {
 #[test]
 fn while_a_sync_runs_nobody_has_its_devices() {
     let Some(lab) = lab_with_qemu() else { return };
-    let [source, destination] = ["from", "to"].map(|name| lab.device(name, 10 * MIB));
-    image::overwrite(source.path(), &[Random(1, 10 * MIB)]);
+    let [source, destination] = ["from", "to"].map(|name| lab.device(name, SLOW_SIZE));
+    image::overwrite(source.path(), &[Random(1, SLOW_SIZE)]);
     let (from, to) = (source.path(), destination.path());
     let (file, other) = (lab.path("file"), lab.path("other"));
     image::write(&file, &[Random(3, MIB)]);
-    let slow = ["--bandwidth-limit", "1M"];
-    let mut running = lab.start_disk("sync", Journey::Local, from, to, &slow);
-    wait_for("both locks", PATIENCE, || {
-        (is_held(from) && is_held(to)).then_some(())
-    });
+    let running = Slow::start(&lab, from, to);
     for options in [&["-f", "raw"][..], &["-r", "-f", "raw"]] {
         qemu_opens(options, to).unwrap_err();
     }
@@ -365,10 +398,9 @@ fn while_a_sync_runs_nobody_has_its_devices() {
         let message = run.expect_failure(5, &["busy"], refused.to_str().unwrap());
         assert!(message.contains("another sync"), "{run}");
     }
-    assert!(running.is_alive(), "it has ended too early to tell");
-    running.wait().expect_code(0);
-    image::assert_equal(from, to);
     assert!(!other.exists());
+    running.interrupt();
+    lab.sync(Journey::Local, from, to, &[]);
 }
 
 #[test]
@@ -452,8 +484,10 @@ fn a_device_that_is_written_to_while_it_is_read_is_no_success() {
     wait_for("the lock", PATIENCE, || {
         is_held(device.path()).then_some(())
     });
-    // What had been dirty before does not count; this is written at a place that was read.
-    image::overwrite(device.path(), &[Piece::Byte(1)]);
+    // It is still dirty in the page cache when the run ends: nobody syncs it, and closing does
+    // not either while somebody else has the device open.
+    let writer = File::options().write(true).open(device.path());
+    writer.unwrap().write_all_at(b"new", 0).unwrap();
     let message = running
         .wait()
         .expect_failure(1, &["io"], device.path().to_str().unwrap());

@@ -4,14 +4,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_clone_tests::controller::Running;
 use kvm_clone_tests::image::{self, MIB, Piece};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
-use kvm_clone_tests::process::{kill, wait_for};
+use kvm_clone_tests::process::{arguments, is_ssh, kill, processes_in, wait_for};
 use nix::sys::signal::Signal;
 
 /// The rate of the test: `20M`, in bytes a second.
@@ -187,6 +187,24 @@ fn agents_that_are_killed_end_the_run_with_an_error() {
     let run = running.wait();
     run.expect_failure(6, &["interrupted"], "hvB");
     is_taken_up_again(&lab, Journey::Relay, &source, &copy);
+}
+
+#[test]
+fn a_connection_between_the_hosts_that_breaks_ends_the_run_at_once() {
+    let Some((lab, source, copy)) = lab_with_large_disk() else {
+        return;
+    };
+    let running = started(&lab, Journey::Direct, &source, &copy);
+    let mut between = processes_in(&lab.a.mount_namespace());
+    between.retain(|process| is_ssh(&arguments(process)));
+    assert_eq!(between.len(), 1);
+    kill(&between[0]);
+    let since = Instant::now();
+    let run = running.wait();
+    // Each side says that it has lost the other: nobody waits for another reason.
+    assert!(since.elapsed() < Duration::from_secs(2), "{run}");
+    run.expect_failure(6, &["interrupted"], "the data connection");
+    is_taken_up_again(&lab, Journey::Direct, &source, &copy);
 }
 
 #[test]

@@ -5,19 +5,20 @@
 //! The price is that each step looks whether it was done already.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_clone_protocol::digest::{Digest, Digester};
 use kvm_clone_protocol::message::{Access, Apply, FailureCode, Fate};
 use kvm_clone_protocol::units::Geometry;
 
-use super::destination::{Destination, Work, open_own, own};
+use super::confinement::reach;
+use super::destination::{Destination, Work};
 use super::image::Image;
 use super::journal::{Header, Journal, State, Sum, Way};
 use super::names::{Names, remove, rename_new, rename_over};
 use super::overlay::{Overlay, unreserve};
-use super::{Disk, attributes, open_image};
+use super::{Disk, attributes, metadata, open_image};
 use crate::failure::Failure;
 
 impl Destination {
@@ -268,11 +269,31 @@ impl Destination {
             }
             self.remove_own(&header.stage)?;
         }
+        self.remove_own(&self.names.new_file())?;
+        self.remove_beginnings()
+    }
+
+    /// Removes what is nothing without a journal.
+    pub(super) fn remove_beginnings(&self) -> Result<(), Failure> {
         let names = &self.names;
-        for path in [names.new_file(), names.clone_file(), names.stage()] {
+        for path in [names.clone_file(), names.stage(), names.new_journal()] {
             self.remove_own(&path)?;
         }
         Ok(())
+    }
+
+    /// Removes what a process that is gone had begun to make when it had no journal yet.
+    ///
+    /// # Errors
+    /// [`Failure`], with code busy when another process is at it.
+    pub(super) fn clear_beginnings(names: &Names) -> Result<(), Failure> {
+        // It is held meanwhile, so that what is removed is not what another run has just begun.
+        let destination = match Self::open(&names.path) {
+            Err(failure) if failure.code == FailureCode::NotFound => return Ok(()),
+            result => result?,
+        };
+        destination.remove_beginnings()?;
+        destination.sync_names()
     }
 
     /// The journal goes, or says from now on only that the destination is torn.
@@ -284,13 +305,14 @@ impl Destination {
         let marked = journal.update(|header| {
             header.way = Way::Inplace;
             header.state = State::Open;
+            header.stage = PathBuf::new();
             header.torn = true;
         });
         marked.map_err(|error| self.journal_failed(&error))
     }
 
     pub(super) fn remove_own(&self, path: &Path) -> Result<(), Failure> {
-        if path.as_os_str().is_empty() || own(path)?.is_none() {
+        if path.as_os_str().is_empty() || self.own(path)?.is_none() {
             return Ok(());
         }
         remove(path)
@@ -338,9 +360,13 @@ impl Destination {
             work: None,
         };
         match journal {
+            Some(journal) if !journal.stages_for(names) => {
+                let message = format!("{} is not what a run left", path.display());
+                return Err(Failure::new(FailureCode::Io, message));
+            }
             Some(journal) => destination.reopen_base(Arc::new(journal))?,
             None => {
-                let Some(file) = open_own(&names.new_file())? else {
+                let Some(file) = destination.open_own(&names.new_file())? else {
                     return Ok(None);
                 };
                 let image = destination.image(file, false);
@@ -363,12 +389,12 @@ impl Destination {
             true => &applying,
             false => &self.names.path,
         };
-        let metadata = std::fs::metadata(at).map_err(|error| Failure::io("opening", at, &error))?;
+        let metadata = metadata(at).map_err(|error| Failure::io("opening", at, &error))?;
         let base = Arc::new(open_image(at, &metadata, Access::Destination)?);
         self.base = Some(Arc::clone(&base));
         let (apply, disk) = match header.way {
             Way::Inplace => (Apply::Inplace, Disk::of(base)),
-            Way::Reflink => match open_own(&self.names.clone_file())? {
+            Way::Reflink => match self.open_own(&self.names.clone_file())? {
                 Some(clone) => {
                     let image = self.image(clone, false);
                     image.lock()?;
@@ -377,7 +403,7 @@ impl Destination {
                 // It has its name already.
                 None => (Apply::Inplace, Disk::of(base)),
             },
-            Way::Staged => match open_own(&header.stage)? {
+            Way::Staged => match self.open_own(&header.stage)? {
                 Some(stage) => {
                     let overlay =
                         Overlay::new(self.image(stage, false), Arc::clone(&journal), true);
@@ -399,7 +425,8 @@ impl Destination {
 
 /// Whether there is a file of this name.
 pub(super) fn own_name(path: &Path) -> bool {
-    path.symlink_metadata().is_ok_and(|found| found.is_file())
+    let found = reach(path).and_then(|at| at.symlink_metadata());
+    found.is_ok_and(|found| found.is_file())
 }
 
 /// Refuses a disk that an unfinished run has left as a mixture.
@@ -407,7 +434,7 @@ pub(super) fn own_name(path: &Path) -> bool {
 /// # Errors
 /// [`Failure`], which says how that is ended.
 pub(super) fn check_whole(path: &Path, access: Access) -> Result<(), Failure> {
-    let names = match std::fs::metadata(path) {
+    let names = match metadata(path) {
         Ok(metadata) => match Names::of(path, &metadata) {
             Ok(names) => names,
             // Without a place for notes there are none.

@@ -22,13 +22,14 @@ use kvm_clone_protocol::units::Geometry;
 use nix::libc;
 use nix::unistd::geteuid;
 
+use super::confinement::{self, reach};
 use super::file::DiskFile;
 use super::image::{Image, Version};
 use super::journal::{Base, Header, Journal, State, Sum, Way};
 use super::names::{Names, remove};
 use super::overlay::{Overlay, check_reservable};
 use super::run::Run;
-use super::{Disk, attributes, describe, open_image, recover};
+use super::{Disk, attributes, describe, found, metadata, open_image, recover};
 use crate::failure::Failure;
 
 /// A destination that this process holds.
@@ -80,7 +81,7 @@ impl Destination {
     /// # Errors
     /// [`Failure`]: it is no disk, is held by somebody else, or cannot be opened or made.
     pub(super) fn open(path: &Path) -> Result<Self, Failure> {
-        match std::fs::metadata(path) {
+        match metadata(path) {
             Ok(metadata) => {
                 let image = open_image(path, &metadata, Access::Destination)?;
                 Ok(Self {
@@ -113,7 +114,7 @@ impl Destination {
         if let Some(base) = &self.base {
             return describe(base, disk);
         }
-        let left = own(&self.names.new_file())?;
+        let left = self.own(&self.names.new_file())?;
         Ok(Opened {
             disk,
             kind: DiskKind::Missing,
@@ -181,11 +182,10 @@ impl Destination {
     fn begin_new(&self, geometry: Geometry) -> Result<Work, Failure> {
         // What was beside a destination that somebody has removed.
         let names = &self.names;
-        for path in [names.clone_file(), names.stage(), names.journal()] {
-            self.remove_own(&path)?;
-        }
+        self.remove_beginnings()?;
+        self.remove_own(&names.journal())?;
         let path = names.new_file();
-        let left = own(&path)?.is_some();
+        let left = self.own(&path)?.is_some();
         let file = if left {
             DiskFile::open(&path)
         } else {
@@ -215,7 +215,7 @@ impl Destination {
             torn: before.torn,
             ..self.header(base, Way::Inplace, PathBuf::new())?
         };
-        let journal = match Journal::create(&self.names.journal(), header) {
+        let journal = match Journal::create(&self.names, header) {
             Ok(journal) => Some(Arc::new(journal)),
             // Who may write the disk need not be able to make anything beside it.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -247,7 +247,7 @@ impl Destination {
         }
         let path = self.names.clone_file();
         let left = match before.take(Way::Reflink) {
-            Some(journal) => open_own(&path)?.map(|file| (file, journal)),
+            Some(journal) => self.open_own(&path)?.map(|file| (file, journal)),
             None => None,
         };
         let resumed = left.is_some();
@@ -262,7 +262,7 @@ impl Destination {
                     ..self.header(base, Way::Reflink, PathBuf::new())?
                 };
                 // It gets its name only when the journal says whose it is.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 file.link(&path)
                     .map_err(|error| self.create_failed(&path, &error))?;
@@ -318,7 +318,9 @@ impl Destination {
     ) -> Result<Work, Failure> {
         check_reservable(base)?;
         let left = match before.take(Way::Staged) {
-            Some(journal) => open_own(&journal.header().stage)?.map(|file| (file, journal)),
+            Some(journal) => self
+                .open_own(&journal.header().stage)?
+                .map(|file| (file, journal)),
             None => None,
         };
         let resumed = left.is_some();
@@ -336,7 +338,7 @@ impl Destination {
                     ..self.header(base, Way::Staged, path.clone())?
                 };
                 // The journal names the stage, so that it comes first.
-                let journal = Journal::create(&self.names.journal(), header)
+                let journal = Journal::create(&self.names, header)
                     .map_err(|error| self.journal_failed(&error))?;
                 let file = DiskFile::create(&path);
                 (
@@ -362,7 +364,8 @@ impl Destination {
         let Some(directory) = stage_dir.filter(|_| base.is_device) else {
             return Ok(own);
         };
-        match directory.metadata() {
+        confinement::permit_directory(directory)?;
+        match confinement::directory(directory).and_then(|at| at.metadata()) {
             Ok(metadata) if metadata.is_dir() && directory.is_absolute() => {}
             Ok(_) => {
                 let message = format!("{} is not a directory", directory.display());
@@ -381,6 +384,13 @@ impl Destination {
             |why: &str| format!("{}, of an earlier run, is ignored: {why}", path.display());
         let journal = match Journal::open(&path) {
             Ok(None) => return Ok(before),
+            Ok(Some(journal)) if !journal.stages_for(&self.names) => {
+                before.torn = journal.header().torn;
+                before.warnings.push(ignored("it is about another disk"));
+                self.clear_away(base, None)?;
+                self.end_journal(&journal, before.torn)?;
+                return Ok(before);
+            }
             Ok(Some(journal)) => journal,
             Err(why) => {
                 before.warnings.push(ignored(&why.to_string()));
@@ -438,6 +448,44 @@ impl Destination {
         }
     }
 
+    /// What lies under a name of ours, if it is what an earlier run has left.
+    ///
+    /// # Errors
+    /// [`Failure`] when it is something else.
+    pub(super) fn own(&self, path: &Path) -> Result<Option<Metadata>, Failure> {
+        let looked = reach(path).and_then(|at| at.symlink_metadata());
+        let found = found(looked, "examining", path)?;
+        found.map(|found| self.check_own(path, found)).transpose()
+    }
+
+    /// The same, opened.
+    pub(super) fn open_own(&self, path: &Path) -> Result<Option<DiskFile>, Failure> {
+        if self.own(path)?.is_none() {
+            return Ok(None);
+        }
+        let file = DiskFile::open(path).map_err(|error| Failure::io("opening", path, &error))?;
+        let opened = file
+            .metadata()
+            .map_err(|error| Failure::io("examining", path, &error))?;
+        self.check_own(path, opened)?;
+        Ok(Some(file))
+    }
+
+    /// A file of ours has one name, and belongs to us, or already to the old version's owner, who
+    /// may change that as well. Anybody else could still hold what we would take for the disk.
+    fn check_own(&self, path: &Path, found: Metadata) -> Result<Metadata, Failure> {
+        let mut owners = vec![geteuid().as_raw()];
+        if let Some(base) = &self.base {
+            owners.push(base.metadata()?.uid());
+        }
+        if found.is_file() && found.nlink() == 1 && owners.contains(&found.uid()) {
+            return Ok(found);
+        }
+        let path = path.display();
+        let message = format!("{path} is in the way, and not what an earlier run left");
+        Err(Failure::new(FailureCode::Refused, message))
+    }
+
     pub(super) fn journal_failed(&self, error: &io::Error) -> Failure {
         Failure::io("writing", &self.names.journal(), error)
     }
@@ -481,7 +529,7 @@ fn missing(path: &Path) -> Result<Names, Failure> {
     if path.as_os_str().as_bytes().ends_with(b"/") {
         return refused("names a directory");
     }
-    if path.symlink_metadata().is_ok() {
+    if reach(path).and_then(|at| at.symlink_metadata()).is_ok() {
         return refused("is a symbolic link to nothing");
     }
     if path.starts_with("/dev") && !path.starts_with("/dev/shm") {
@@ -491,40 +539,13 @@ fn missing(path: &Path) -> Result<Names, Failure> {
         );
         return Err(Failure::new(FailureCode::NotFound, message));
     }
-    match directory.metadata() {
-        Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) => return refused("lies in what is no directory"),
-        Err(error) => return Err(Failure::io("opening the directory", directory, &error)),
+    let failed = |error: io::Error| Failure::io("opening the directory", directory, &error);
+    let found = confinement::directory(directory).map_err(failed)?;
+    if !found.metadata().map_err(failed)?.is_dir() {
+        return refused("lies in what is no directory");
     }
-    let directory = std::fs::canonicalize(directory)
+    let directory = found
+        .canonical()
         .map_err(|error| Failure::io("following", directory, &error))?;
     Ok(Names::of_file(&directory.join(name)).expect("a directory and a name"))
-}
-
-/// What lies under a name of ours, if it is what an earlier run of this user has left.
-///
-/// # Errors
-/// [`Failure`] when it is something else.
-pub(super) fn own(path: &Path) -> Result<Option<Metadata>, Failure> {
-    match path.symlink_metadata() {
-        Ok(found) if found.is_file() && found.nlink() == 1 && found.uid() == geteuid().as_raw() => {
-            Ok(Some(found))
-        }
-        Ok(_) => {
-            let path = path.display();
-            let message = format!("{path} is in the way, and not what an earlier run left");
-            Err(Failure::new(FailureCode::Refused, message))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Failure::io("examining", path, &error)),
-    }
-}
-
-/// The same, opened.
-pub(super) fn open_own(path: &Path) -> Result<Option<DiskFile>, Failure> {
-    if own(path)?.is_none() {
-        return Ok(None);
-    }
-    let file = DiskFile::open(path).map_err(|error| Failure::io("opening", path, &error))?;
-    Ok(Some(file))
 }

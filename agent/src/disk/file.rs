@@ -13,6 +13,8 @@ use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
 use nix::libc;
 use nix::unistd::linkat;
 
+use super::confinement::{directory, reach};
+
 /// `FICLONE` of linux/fs.h: the file shares all blocks of another.
 const FICLONE: libc::c_ulong = 0x4004_9409;
 
@@ -34,19 +36,19 @@ impl DiskFile {
             .write(true)
             .create_new(true)
             .mode(0o600)
-            .open(path)
+            .open(reach(path)?.path())
             .map(Self::new)
     }
 
     /// Makes a file without a name in a directory; it is gone with its descriptor unless it is
     /// [named](Self::link).
-    pub(super) fn create_nameless(directory: &Path) -> io::Result<Self> {
+    pub(super) fn create_nameless(at: &Path) -> io::Result<Self> {
         OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_TMPFILE)
             .mode(0o600)
-            .open(directory)
+            .open(directory(at)?.path())
             .map(Self::new)
     }
 
@@ -54,7 +56,14 @@ impl DiskFile {
     pub(super) fn link(&self, path: &Path) -> io::Result<()> {
         let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let follow = AtFlags::AT_SYMLINK_FOLLOW;
-        Ok(linkat(AT_FDCWD, own.as_str(), AT_FDCWD, path, follow)?)
+        let path = reach(path)?;
+        Ok(linkat(
+            AT_FDCWD,
+            own.as_str(),
+            AT_FDCWD,
+            path.path(),
+            follow,
+        )?)
     }
 
     /// Opens a file that is there, and never what a symbolic link leads to.
@@ -63,7 +72,7 @@ impl DiskFile {
             .read(true)
             .write(true)
             .custom_flags(libc::O_NOFOLLOW)
-            .open(path)
+            .open(reach(path)?.path())
             .map(Self::new)
     }
 

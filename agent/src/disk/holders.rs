@@ -60,10 +60,6 @@ pub(super) fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Failure>) -> R
 /// # Errors
 /// [`Failure`] that names who has it in use.
 pub(super) fn check(file: &File, path: &Path, access: Access) -> Result<(), Failure> {
-    check_with(&Kernel::running(), file, path, access)
-}
-
-fn check_with(kernel: &Kernel, file: &File, path: &Path, access: Access) -> Result<(), Failure> {
     let writes = match access {
         Access::Source => false,
         Access::Destination => true,
@@ -72,16 +68,16 @@ fn check_with(kernel: &Kernel, file: &File, path: &Path, access: Access) -> Resu
     let metadata = file
         .metadata()
         .map_err(|error| Failure::io("examining", path, &error))?;
-    let node = Node::of(&metadata);
-    if let Some(device) = claims::loop_device_on(kernel, node, writes) {
+    let (kernel, node) = (Kernel::running(), Node::of(&metadata));
+    if let Some(device) = claims::loop_device_on(&kernel, node, writes) {
         let what = format!("the loop device {} lies on it", device.display());
         return Err(in_use(path, &what));
     }
     let Some(device) = node.stands_for else {
         return Ok(());
     };
-    match of_device(kernel, device, writes) {
-        Some(holder) => Err(in_use(path, &format!("{holder} has it open"))),
+    match open_in(&of_device(&kernel, device, writes)) {
+        Some(what) => Err(in_use(path, &what)),
         None => Ok(()),
     }
 }
@@ -91,9 +87,7 @@ pub(super) fn busy(path: &Path) -> Failure {
     let kernel = Kernel::running();
     let device = Node::at(path).ok().and_then(|node| node.stands_for);
     let what = device.and_then(|device| {
-        let process = || of_device(&kernel, device, true);
-        claims::on_device(&kernel, device)
-            .or_else(|| process().map(|holder| format!("{holder} has it open")))
+        claims::on_device(&kernel, device).or_else(|| open_in(&of_device(&kernel, device, true)))
     });
     // Another mount namespace, or a driver that leaves no trace.
     let hidden = "something that is not seen from here holds it, such as a container's mount";
@@ -105,10 +99,9 @@ pub(super) fn of_lock(file: &File, byte: i64) -> Option<Holder> {
     let kernel = Kernel::running();
     let node = Node::of(&file.metadata().ok()?);
     let open = kernel.open_files(|other| *other == node);
-    let holder = open
-        .iter()
-        .find(|file| file.locks.iter().any(|range| range.contains(&byte)))?;
-    Some(Holder::of(&kernel, holder.pid))
+    open.iter()
+        .filter(|file| file.locks.iter().any(|range| range.contains(&byte)))
+        .find_map(|file| Holder::of(&kernel, file.pid))
 }
 
 fn in_use(path: &Path, what: &str) -> Failure {
@@ -116,9 +109,9 @@ fn in_use(path: &Path, what: &str) -> Failure {
     Failure::new(FailureCode::Busy, message)
 }
 
-/// A process that has the device open in a way that is not to be: at all if we write to it, for
-/// writing if we read.
-fn of_device(kernel: &Kernel, device: Number, we_write: bool) -> Option<Holder> {
+/// The processes that have the device open in a way that is not to be: at all if we write to it,
+/// for writing if we read.
+fn of_device(kernel: &Kernel, device: Number, we_write: bool) -> Vec<Holder> {
     let family = Family::of(kernel, device);
     let open = kernel.open_files(|node| {
         node.stands_for
@@ -128,38 +121,39 @@ fn of_device(kernel: &Kernel, device: Number, we_write: bool) -> Option<Holder> 
         // Whoever reads the disk that a partition is on need not read the partition.
         writes || (we_write && number != family.whole)
     };
-    let holder = open
-        .into_iter()
-        .find(|file| disturbs(file.node.stands_for, file.writes))?;
-    Some(Holder::of(kernel, holder.pid))
+    let mut holders: Vec<_> = open
+        .iter()
+        .filter(|file| disturbs(file.node.stands_for, file.writes))
+        .filter_map(|file| Holder::of(kernel, file.pid))
+        .collect();
+    // A process may have it open several times.
+    holders.dedup();
+    holders
+}
+
+/// All of them, since some may only look into it and be gone before the message is read.
+fn open_in(holders: &[Holder]) -> Option<String> {
+    let names: Vec<_> = holders.iter().map(Holder::to_string).collect();
+    (!names.is_empty()).then(|| format!("it is open in {}", names.join(", ")))
 }
 
 impl Holder {
-    fn of(kernel: &Kernel, pid: u32) -> Self {
-        let program = kernel.program(&pid.to_string());
-        match program {
-            // Not told by the file: two that were sent at the same time are two files.
-            Some(program) if Some(&program) == kernel.program("self").as_ref() => {
-                Self::Agent { pid }
-            }
-            Some(program) => Self::Process { pid, program },
-            None => Self::Process {
-                pid,
-                program: "a process".to_owned(),
-            },
-        }
+    /// `None` when the process has ended meanwhile.
+    fn of(kernel: &Kernel, pid: u32) -> Option<Self> {
+        let program = kernel.program(&pid.to_string())?;
+        // Not told by the file: two that were sent at the same time are two files.
+        Some(if kernel.program("self").as_ref() == Some(&program) {
+            Self::Agent { pid }
+        } else {
+            Self::Process { pid, program }
+        })
     }
 }
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Agent { pid } => {
-                write!(
-                    f,
-                    "another sync, or this one as its other disk (PID {pid}),"
-                )
-            }
+            Self::Agent { pid } => write!(f, "another sync or this one's other end (PID {pid})"),
             Self::Process { pid, program } => write!(f, "{program} (PID {pid})"),
         }
     }
@@ -267,6 +261,11 @@ mod tests {
         }
     }
 
+    fn assert_named(other: &Other, failure: &Failure) {
+        assert_eq!(failure.code, FailureCode::Busy);
+        assert!(failure.message.contains(&other.name()), "{failure}");
+    }
+
     #[test]
     fn a_device_that_a_process_has_open_is_found_by_its_number() {
         let Some(device) = LoopDevice::new() else {
@@ -286,16 +285,13 @@ mod tests {
         assert_eq!(allowed(Access::Destination), Ok(()), "ours does not count");
 
         let reader = Other::with_open("<", &device.path);
-        let failure = refused(Access::Destination);
-        assert_eq!(failure.code, FailureCode::Busy);
-        assert!(failure.message.contains(&reader.name()), "{failure}");
+        assert_named(&reader, &refused(Access::Destination));
         assert_eq!(allowed(Access::Source), Ok(()));
         drop(reader);
 
         let writer = Other::with_open("<>", &device.path);
         for access in [Access::Source, Access::Destination] {
-            let failure = refused(access);
-            assert!(failure.message.contains(&writer.name()), "{failure}");
+            assert_named(&writer, &refused(access));
         }
         for access in [Access::LiveSource, Access::Compare] {
             assert_eq!(check(&file, &node, access), Ok(()));
@@ -309,10 +305,8 @@ mod tests {
         let Some(device) = LoopDevice::new() else {
             return;
         };
-        let _reader = Other::with_open("<", &device.path);
-        let failure = busy(&device.path);
-        assert_eq!(failure.code, FailureCode::Busy);
-        assert!(failure.message.contains("sh (PID"), "{failure}");
+        let reader = Other::with_open("<", &device.path);
+        assert_named(&reader, &busy(&device.path));
     }
 
     #[test]

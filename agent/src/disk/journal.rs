@@ -25,7 +25,7 @@ use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 
 use super::file::DiskFile;
-use super::names::{remove, rename_over, sync_directory};
+use super::names::{Names, remove, rename_over};
 use super::slots::{Format, Slots, Unreadable, checksum};
 use crate::failure::Failure;
 
@@ -141,19 +141,15 @@ pub(super) struct Journal {
 impl Journal {
     /// A new one, in place of what has its name: there is a whole one at every instant, so that
     /// what an earlier one said of a torn destination is never lost.
-    pub(super) fn create(path: &Path, header: Header) -> io::Result<Self> {
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".new");
-        let temporary = Path::new(&temporary);
-        remove(temporary)?;
-        let file = DiskFile::create(temporary)?;
+    pub(super) fn create(names: &Names, header: Header) -> io::Result<Self> {
+        let (path, temporary) = (names.journal(), names.new_journal());
+        remove(&temporary)?;
+        let file = DiskFile::create(&temporary)?;
         let slots = Slots::create(&file, FORMAT, &header)?;
-        rename_over(temporary, path)?;
-        if let Some(directory) = path.parent() {
-            sync_directory(directory)?;
-        }
+        rename_over(&temporary, &path)?;
+        names.sync()?;
         Ok(Self {
-            path: path.to_owned(),
+            path,
             file,
             head: Mutex::new((slots, header)),
         })
@@ -177,6 +173,13 @@ impl Journal {
     /// What the header says.
     pub(super) fn header(&self) -> Header {
         self.head().1.clone()
+    }
+
+    /// Whether the changes that it speaks of wait where those for this destination do. Whoever may
+    /// write beside a destination may write this file too, and name any other.
+    pub(super) fn stages_for(&self, names: &Names) -> bool {
+        let stage = self.header().stage;
+        stage.as_os_str().is_empty() || names.may_stage_at(&stage)
     }
 
     /// Changes the header, durably.
@@ -361,9 +364,10 @@ mod tests {
     #[test]
     fn what_was_noted_is_found_again_in_order() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("journal");
+        let names = Names::of_file(&directory.path().join("disk")).unwrap();
+        let path = names.journal();
         assert!(Journal::open(&path).unwrap().is_none());
-        let journal = Journal::create(&path, header()).unwrap();
+        let journal = Journal::create(&names, header()).unwrap();
         let data = Entry::of(b"contents");
         journal.note(1 << 30, &[data]).unwrap();
         journal
@@ -397,7 +401,8 @@ mod tests {
     #[test]
     fn a_damaged_entry_is_none_and_shows_in_the_sum() {
         let directory = tempfile::tempdir().unwrap();
-        let journal = Journal::create(&directory.path().join("journal"), header()).unwrap();
+        let names = Names::of_file(&directory.path().join("disk")).unwrap();
+        let journal = Journal::create(&names, header()).unwrap();
         journal.note(5, &[Entry::of(b"x"), Entry::Zero]).unwrap();
         let sum = journal.sum().unwrap();
         journal.file.write_all_at(b"!", place(5) + 9).unwrap();

@@ -27,8 +27,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use super::holders;
 use super::kernel::Node;
+use super::{confinement, holders};
 use crate::failure::Failure;
 
 const READS: i64 = 100;
@@ -92,7 +92,7 @@ pub(super) fn take(file: &File, path: &Path, access: Access) -> Result<(), Failu
 pub(super) fn still_named(file: &File, path: &Path) -> Result<bool, Failure> {
     let failed = |error: io::Error| Failure::io("examining", path, &error);
     let open = Node::of(&file.metadata().map_err(failed)?);
-    let named = match std::fs::metadata(path) {
+    let named = match confinement::follow(path).and_then(|found| found.metadata()) {
         Ok(metadata) => Node::of(&metadata),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(failed(error)),

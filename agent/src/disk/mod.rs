@@ -11,6 +11,7 @@ mod attributes;
 mod cache;
 mod claims;
 mod commit;
+mod confinement;
 mod destination;
 mod file;
 mod holders;
@@ -24,6 +25,7 @@ mod overlay;
 mod read;
 mod recover;
 mod reread;
+mod root;
 mod run;
 mod slots;
 mod state;
@@ -48,6 +50,7 @@ use nix::libc;
 
 use crate::compress::Compressor;
 use crate::failure::Failure;
+pub(crate) use confinement::{Direction, Forbidden, confine, permit};
 pub(crate) use destination::Destination;
 use file::DiskFile;
 pub(crate) use image::{Image, Version};
@@ -260,9 +263,14 @@ pub(crate) fn open(path: &Path, access: Access) -> Result<Target, Failure> {
         return Destination::open(path).map(Target::Destination);
     }
     commit::check_whole(path, access)?;
-    let metadata = std::fs::metadata(path).map_err(|error| Failure::io("opening", path, &error))?;
+    let metadata = metadata(path).map_err(|error| Failure::io("opening", path, &error))?;
     let image = open_image(path, &metadata, access)?;
     Ok(Target::Readable(Arc::new(image)))
+}
+
+/// What a path leads to.
+fn metadata(path: &Path) -> io::Result<Metadata> {
+    confinement::follow(path)?.metadata()
 }
 
 fn open_image(path: &Path, metadata: &Metadata, access: Access) -> Result<Image, Failure> {
@@ -295,15 +303,19 @@ fn claim(path: &Path, access: Access, is_device: bool) -> Result<File, Failure> 
         Access::Source | Access::Destination if is_device => libc::O_EXCL,
         _ => 0,
     };
+    let failed = |error: io::Error| Failure::io("opening", path, &error);
+    let reached = confinement::follow(path).map_err(failed)?;
     let file = OpenOptions::new()
         .read(true)
         .write(access == Access::Destination)
-        .custom_flags(exclusive)
-        .open(path)
+        .custom_flags(exclusive | reached.flags())
+        .open(reached.path())
         .map_err(|error| match error.kind() {
             io::ErrorKind::ResourceBusy => holders::busy(path),
-            _ => Failure::io("opening", path, &error),
+            _ => failed(confinement::explain(error)),
         })?;
+    let opened = file.metadata().map_err(failed)?;
+    reached.check(&opened).map_err(failed)?;
     locks::take(&file, path, access)?;
     holders::check(&file, path, access)?;
     if locks::still_named(&file, path)? {

@@ -5,7 +5,7 @@
 //!  .NAME.kc-clone      the new version, sharing blocks with the old one     (reflink)
 //!  .NAME.kc-stage      changed blocks, each at its own place                (staged)
 //!  .NAME.kc-applying   the destination itself, while they are applied       (staged)
-//!  .NAME.kc-journal    what the run is doing: journal.rs
+//!  .NAME.kc-journal    what the run is doing: journal.rs; with .new, while it is being made
 //! ```
 //!
 //! Of a block device, whose directory is no place for files, stage and journal lie in the agent's
@@ -24,6 +24,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
+use super::confinement::{self, reach};
 use super::state;
 use crate::failure::Failure;
 
@@ -52,8 +53,9 @@ impl Names {
     /// # Errors
     /// [`Failure`] when the path cannot be followed, or there is no place for a device's things.
     pub(super) fn of(path: &Path, metadata: &Metadata) -> Result<Self, Failure> {
-        let path =
-            std::fs::canonicalize(path).map_err(|error| Failure::io("following", path, &error))?;
+        let path = confinement::follow(path)
+            .and_then(|found| found.canonical())
+            .map_err(|error| Failure::io("following", path, &error))?;
         if metadata.file_type().is_block_device() {
             let directory = state::path(DEVICES)?;
             return Ok(Self::of_device(
@@ -127,6 +129,31 @@ impl Names {
         self.beside(".kc-journal")
     }
 
+    /// A journal that is being made.
+    pub(super) fn new_journal(&self) -> PathBuf {
+        self.beside(".kc-journal.new")
+    }
+
+    /// Whether something of this name, in their directory, is one of them.
+    pub(super) fn owns(&self, name: &OsStr) -> bool {
+        let all = [
+            self.new_file(),
+            self.clone_file(),
+            self.stage(),
+            self.applying(),
+            self.journal(),
+            self.new_journal(),
+        ];
+        all.iter().any(|path| path.file_name() == Some(name))
+    }
+
+    /// Whether changes may wait at this path: beside a file, or, of a device, under its key.
+    pub(super) fn may_stage_at(&self, path: &Path) -> bool {
+        let own = self.stage();
+        let is_of_device = self.path.parent() != Some(&self.directory);
+        path == own || (is_of_device && path.file_name() == own.file_name())
+    }
+
     /// `.NAME.SUFFIX`, or a digest of the name where that would be too long.
     fn beside(&self, suffix: &str) -> PathBuf {
         let mut name = OsString::from(".");
@@ -186,6 +213,8 @@ pub(super) mod path_bytes {
 
 /// Renames without replacing anything.
 pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (reach(from)?, reach(to)?);
+    let (from, to) = (from.path(), to.path());
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
         // A file system without RENAME_NOREPLACE: a hard link does not replace either.
         Err(Errno::EINVAL | Errno::ENOSYS) => {
@@ -197,12 +226,12 @@ pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 
 /// Renames in place of what is there.
 pub(super) fn rename_over(from: &Path, to: &Path) -> io::Result<()> {
-    std::fs::rename(from, to)
+    std::fs::rename(reach(from)?.path(), reach(to)?.path())
 }
 
 /// Removes a file, which need not be there; tells whether it was.
 pub(super) fn remove(path: &Path) -> io::Result<bool> {
-    match std::fs::remove_file(path) {
+    match std::fs::remove_file(reach(path)?.path()) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
@@ -211,7 +240,7 @@ pub(super) fn remove(path: &Path) -> io::Result<bool> {
 
 /// Makes the names in a directory durable.
 pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
+    File::open(confinement::directory(directory)?.path())?.sync_all()
 }
 
 #[cfg(test)]
@@ -226,7 +255,12 @@ mod tests {
             Path::new("/d/.web.qcow2.kc-new")
         );
         let [one, other] = ["a", "b"].map(|end| names(&("x".repeat(254) + end)));
-        assert!(one.applying().file_name().unwrap().len() <= NAME_MAX);
+        for len in 200..NAME_MAX {
+            let long = names(&"x".repeat(len));
+            for path in [long.applying(), long.journal(), long.new_journal()] {
+                assert!(path.file_name().unwrap().len() <= NAME_MAX);
+            }
+        }
         assert_ne!(one.applying(), other.applying());
         assert!(Names::of_file(Path::new("/")).is_none());
     }

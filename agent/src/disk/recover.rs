@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use kvm_clone_protocol::message::{FailureCode, Fate, Recovery};
 
 use super::commit::own_name;
+use super::confinement;
 use super::destination::Destination;
 use super::names::Names;
 use super::run::{Found, Run};
@@ -66,6 +67,9 @@ pub(crate) fn settle(path: &Path) -> Result<Vec<String>, Failure> {
     for found in Run::all()? {
         match found {
             Found::Left(run) if run.is_committed() && run.names(&path) => {
+                if !is_covered(run.destinations()) {
+                    return Err(not_all_covered(&path));
+                }
                 finish(&run)?;
                 run.end()?;
                 warnings.push(finished(&path));
@@ -112,21 +116,34 @@ pub(super) fn take_over(names: &Names) -> Result<(), Failure> {
 
 /// Sees to all runs that broke off.
 ///
+/// A controller that may not have all disks is told of those that it may have.
+///
 /// # Errors
-/// [`Failure`] when the notes of runs cannot be read at all.
+/// [`Failure`] when the notes of runs cannot be read at all, or nothing may be changed.
 pub(crate) fn recover(recovery: Recovery) -> Result<Vec<Recovered>, Failure> {
+    if confinement::only_reads() && recovery != Recovery::List {
+        let message = "nothing is recovered here: this agent only reads (--read-only)";
+        return Err(Failure::new(FailureCode::Refused, message));
+    }
+    if recovery != Recovery::List {
+        Run::sweep()?;
+    }
     let mut all = Vec::new();
     for found in Run::all()? {
         match found {
-            Found::Running(names) => all.extend(
-                names
-                    .iter()
-                    .map(|names| Recovered::new(&names.path, Fate::Running)),
-            ),
+            Found::Running(names) => {
+                all.extend(covered(&names).map(|names| Recovered::new(&names.path, Fate::Running)));
+            }
             Found::Unreadable(path, why) => all.push(Recovered {
                 message: format!("{why}; look at what lies beside your disks, and remove it"),
                 ..Recovered::new(&path, Fate::Stuck)
             }),
+            Found::Left(run) if !is_covered(run.destinations()) => {
+                all.extend(
+                    covered(run.destinations())
+                        .map(|names| Recovered::failed(&names.path, not_all_covered(&names.path))),
+                );
+            }
             Found::Left(run) if run.is_committed() => all.extend(recover_committed(run, recovery)),
             Found::Left(run) => all.extend(recover_open(run, recovery)),
         }
@@ -160,6 +177,24 @@ fn recover_committed(run: Run, recovery: Recovery) -> Vec<Recovered> {
     }
 }
 
+/// Those of which a controller may know.
+fn covered(all: &[Names]) -> impl Iterator<Item = &Names> {
+    all.iter().filter(|names| confinement::covers(&names.path))
+}
+
+fn is_covered(all: &[Names]) -> bool {
+    covered(all).count() == all.len()
+}
+
+fn not_all_covered(path: &Path) -> Failure {
+    let message = format!(
+        "{} was changed together with disks that this agent is not allowed: \"kvm-clone-ctl \
+         recover\" by a login that may have all of them ends that",
+        path.display()
+    );
+    Failure::new(FailureCode::Refused, message)
+}
+
 /// Takes a committed run forward from wherever it stopped.
 fn finish(run: &Run) -> Result<(), Failure> {
     let mut destinations = Vec::new();
@@ -175,7 +210,11 @@ fn recover_open(run: Run, recovery: Recovery) -> Vec<Recovered> {
     for names in run.destinations() {
         let path = &names.path;
         let fate = match Destination::reopen(names) {
-            Ok(None) => continue,
+            Ok(None) if recovery == Recovery::List => continue,
+            Ok(None) => match Destination::clear_beginnings(names) {
+                Ok(()) => continue,
+                Err(failure) => Err(failure),
+            },
             Ok(Some(destination)) if recovery == Recovery::RollBack => destination
                 .roll_back()
                 .map(|()| destination.fate(Fate::RolledBack)),
@@ -198,10 +237,12 @@ fn recover_open(run: Run, recovery: Recovery) -> Vec<Recovered> {
 
 /// Where a path leads; of what does not exist, where its directory leads.
 fn behind_links(path: &Path) -> PathBuf {
-    if let Ok(path) = std::fs::canonicalize(path) {
+    let follow = |path| confinement::follow(path).and_then(|found| found.canonical());
+    if let Ok(path) = follow(path) {
         return path;
     }
-    let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
+    let directory = |path| confinement::directory(path).and_then(|found| found.canonical());
+    let parent = path.parent().and_then(|parent| directory(parent).ok());
     match (parent, path.file_name()) {
         (Some(parent), Some(name)) => parent.join(name),
         _ => path.to_owned(),

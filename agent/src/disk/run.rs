@@ -26,6 +26,8 @@ const FORMAT: Format = Format {
 
 const DIRECTORY: &str = "runs";
 const SUFFIX: &str = "run";
+/// While it is being made.
+const NEW: &str = "new";
 
 /// What is noted of a run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,16 +69,25 @@ impl Run {
             Failure::new(FailureCode::Internal, message)
         })?;
         let path = directory.join(format!("{:016x}", u64::from_le_bytes(random)));
-        let (new, path) = (path.with_extension("new"), path.with_extension(SUFFIX));
+        let (new, path) = (path.with_extension(NEW), path.with_extension(SUFFIX));
         let failed = |error: io::Error| Failure::io("noting the run in", &path, &error);
-        // Whoever finds it under its own name finds it whole, and locked.
-        let file = DiskFile::create(&new).map_err(failed)?;
+        // Whoever finds it under its own name finds it whole, and locked. Not every file system
+        // has files without a name.
+        let nameless = DiskFile::create_nameless(&directory);
+        let is_nameless = nameless.is_ok();
+        let file = nameless
+            .or_else(|_| DiskFile::create(&new))
+            .map_err(failed)?;
         file.as_file()
             .try_lock()
             .map_err(|error| failed(error.into()))?;
         let note = Note::default();
         let slots = Slots::create(&file, FORMAT, &note).map_err(failed)?;
-        rename_over(&new, &path).map_err(failed)?;
+        if is_nameless {
+            file.link(&path).map_err(failed)?;
+        } else {
+            rename_over(&new, &path).map_err(failed)?;
+        }
         sync_directory(&directory).map_err(failed)?;
         Ok(Self {
             path,
@@ -106,6 +117,26 @@ impl Run {
             }
         }
         Ok(runs)
+    }
+
+    /// Removes what is left of runs that broke off while they were being noted.
+    ///
+    /// # Errors
+    /// [`Failure`] when the directory cannot be read.
+    pub(super) fn sweep() -> Result<(), Failure> {
+        let Some(directory) = state::existing(DIRECTORY)? else {
+            return Ok(());
+        };
+        let entries = std::fs::read_dir(&directory)
+            .map_err(|error| Failure::io("reading", &directory, &error))?;
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        for path in paths.filter(|path| path.extension().is_some_and(|suffix| suffix == NEW)) {
+            let held = DiskFile::open(&path).map(|file| file.as_file().try_lock());
+            if matches!(held, Ok(Ok(()))) {
+                remove(&path).map_err(|error| Failure::io("removing", &path, &error))?;
+            }
+        }
+        Ok(())
     }
 
     fn find(path: PathBuf) -> Result<Option<Found>, Failure> {

@@ -1,15 +1,14 @@
 //! The agent's own directory on a host, where it keeps what must be known when it is gone: which
 //! destinations are unfinished. Root's is `/var/lib/kvm-clone`; other users have one in their home.
 
-use std::fs::{DirBuilder, Metadata};
+use std::fs::{DirBuilder, File, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use kvm_clone_protocol::message::FailureCode;
 use nix::unistd::geteuid;
 
-use super::names::sync_directory;
 use crate::failure::Failure;
 
 #[cfg(not(test))]
@@ -53,6 +52,12 @@ pub(super) fn existing(name: &str) -> Result<Option<PathBuf>, Failure> {
     Ok(Some(directory))
 }
 
+/// Whether a path is one of ours, which no controller has a say in.
+pub(super) fn holds(path: &Path) -> bool {
+    let is_plain = path.components().all(|part| part != Component::ParentDir);
+    is_plain && base().is_ok_and(|base| path.starts_with(base))
+}
+
 /// Each test is a host of its own.
 #[cfg(test)]
 fn base() -> Result<PathBuf, Failure> {
@@ -86,7 +91,8 @@ fn make(directory: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(directory)?;
-    directory.parent().map_or(Ok(()), sync_directory)
+    let sync = |directory: &Path| File::open(directory)?.sync_all();
+    directory.parent().map_or(Ok(()), sync)
 }
 
 /// Ours alone: nobody else may have a say in what is read from here. The directory above may be

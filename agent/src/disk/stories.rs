@@ -14,6 +14,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use tempfile::TempDir;
 
 use super::destination::Begun;
+use super::journal::{Header, Journal, State};
 use super::recover::{forward, recover, settle};
 use super::*;
 
@@ -315,6 +316,32 @@ fn a_journal_that_is_damaged_or_of_another_disk_is_ignored_with_a_warning() {
     }
 }
 
+/// Whoever may write in the directory of a disk may write a journal there.
+#[test]
+fn a_journal_that_names_any_other_file_as_its_stage_has_no_say_in_that() {
+    for state in [State::Open, State::Prepared] {
+        let ground = Ground::new();
+        let elsewhere = ground.path("elsewhere");
+        fs::write(&elsewhere, "precious").unwrap();
+        Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+        let journal = Journal::open(&ground.path(".disk.kc-journal")).unwrap();
+        let forge = |header: &mut Header| {
+            header.state = state;
+            header.stage.clone_from(&elsewhere);
+        };
+        journal.unwrap().update(forge).unwrap();
+        assert_eq!(fates(Recovery::RollBack), [Fate::Stuck]);
+        let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+        let begun = &story.begun[0];
+        assert!(!begun.resumed && begun.warnings[0].contains("another disk"));
+        story.change();
+        story.finish();
+        assert_eq!(ground.holds("disk"), NEW);
+        assert_eq!(ground.names(), ["disk", "elsewhere"]);
+        assert_eq!(fs::read(&elsewhere).unwrap(), b"precious");
+    }
+}
+
 #[test]
 fn a_staged_block_that_is_damaged_is_shipped_again() {
     let ground = Ground::new();
@@ -374,6 +401,40 @@ fn a_new_destination_that_breaks_off_is_taken_up_or_removed() {
     story.change();
     drop(story);
     assert!(Story::begin(std::slice::from_ref(&path), ApplyChoice::Auto).begun[0].resumed);
+    assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
+    assert_eq!(ground.names(), ["disk"]);
+}
+
+#[test]
+fn what_a_run_had_only_begun_to_make_is_removed_unless_another_run_is_at_it() {
+    for path in ["disk", "fresh"] {
+        let ground = Ground::new();
+        let mut destination = Some(Destination::open(&ground.path(path)).unwrap());
+        let mut run = Run::begin().unwrap();
+        run.add(&destination.as_ref().unwrap().names).unwrap();
+        drop(run);
+        let left = [".kc-clone", ".kc-journal.new", ".kc-stage"].map(|end| format!(".{path}{end}"));
+        for name in &left {
+            fs::write(ground.path(name), "").unwrap();
+        }
+        if path == "disk" {
+            // What is there is held by another run.
+            assert_eq!(fates(Recovery::RollBack), [Fate::Running]);
+            assert_eq!(ground.names().len(), 1 + left.len());
+        }
+        destination.take();
+        assert_eq!(fates(Recovery::List), []);
+        assert_eq!(ground.names().len(), 1 + left.len());
+        assert_eq!(fates(Recovery::RollBack), []);
+        assert_eq!(ground.names(), ["disk"]);
+    }
+}
+
+#[test]
+fn a_journal_that_was_being_made_goes_with_the_one_before() {
+    let ground = Ground::new();
+    Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
+    fs::write(ground.path(".disk.kc-journal.new"), "").unwrap();
     assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
     assert_eq!(ground.names(), ["disk"]);
 }

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 
 use super::disk::{Disk, answer};
-use crate::digest::DIGEST_LEN;
+use crate::digest::{DIGEST_LEN, Digest};
 use crate::frame::Frame;
 use crate::message::{Encoding, Role, SessionParams, Stream};
 use crate::sync::{
@@ -32,6 +32,8 @@ pub(super) struct Half {
     pub(super) spent: u64,
     applied: u64,
     credited: u64,
+    /// What the sender gave as its root, after which it says nothing of blocks.
+    ended: Option<Digest>,
     /// The last frame that the machine sent.
     pub(super) last: Option<Frame>,
 }
@@ -54,6 +56,7 @@ impl Half {
             spent: 0,
             applied: 0,
             credited: 0,
+            ended: None,
             last: None,
         };
         half.poll_disk();
@@ -154,7 +157,9 @@ impl Half {
     fn watch_frame(&mut self, frame: &Frame) {
         match Stream::read(frame).expect("what was sent or accepted can be read") {
             Stream::Digests(digests) => {
-                let count = (frame.payload.len() / DIGEST_LEN) as u64;
+                let len = frame.payload.len();
+                assert!(len.is_multiple_of(DIGEST_LEN));
+                let count = (len / DIGEST_LEN) as u64;
                 self.tell(BlockRun {
                     first: digests.first,
                     count,
@@ -175,7 +180,16 @@ impl Half {
                 assert!(credit.consumed >= self.credited);
                 self.credited = credit.consumed;
             }
-            Stream::End(_) => assert_eq!(self.passed, self.geometry.block_count()),
+            Stream::End(end) => {
+                assert_eq!(self.passed, self.geometry.block_count());
+                assert_eq!(self.ended, None);
+                self.ended = Some(end.root);
+            }
+            Stream::Agreed(agreed) => {
+                let known = self.ended.expect("agreement comes after the end");
+                assert!(agreed.root == known || !self.params.ship);
+                assert!(self.applied == self.spent || self.role == Role::Sender);
+            }
             _ => {}
         }
     }
@@ -199,6 +213,7 @@ impl Half {
         } else {
             self.geometry.block_count()
         };
+        assert_eq!(self.ended, None);
         assert!((self.passed..=limit).contains(&next), "{next} of {limit}");
         self.passed = next;
     }

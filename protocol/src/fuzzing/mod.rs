@@ -56,7 +56,10 @@ fn cut_into_frames(stream: &[u8], cuts: &[u8]) -> (Vec<Frame>, Option<FrameError
             let decoded = frame::decode(&mut input);
             assert!(input.capacity() <= most, "{} reserved", input.capacity());
             match decoded {
-                Ok(Some(frame)) => frames.push(frame),
+                Ok(Some(frame)) => {
+                    assert!(frame.payload.is_empty() || frame.kind.has_payload());
+                    frames.push(frame);
+                }
                 Ok(None) => break,
                 Err(error) => {
                     let consumed = frames.iter().map(Frame::wire_len).sum();
@@ -159,7 +162,7 @@ fn negotiate(ours: Versions, mut tape: Tape<'_>) {
 ///
 /// Claims: a frame is a message of one sort of connection at most; what can be read fits a frame
 /// again, in no more bytes (postcard reads numbers that are longer than need be, and writes none),
-/// and reads as the same.
+/// and reads as the same, but not with a byte more.
 pub fn message(data: &[u8]) {
     let Some((kind, meta)) = data.split_first() else {
         return;
@@ -202,6 +205,12 @@ fn comes_back<M: PartialEq + std::fmt::Debug>(
     assert_eq!(again.kind, frame.kind);
     assert!(again.meta.len() <= frame.meta.len());
     assert_eq!(read(&again), Ok(message));
+    let longer = Frame {
+        meta: [&again.meta[..], &[0]].concat().into(),
+        ..again.clone()
+    };
+    let kind = frame.kind;
+    assert_eq!(read(&longer), Err(MessageError::Malformed { kind }));
     Some(again)
 }
 

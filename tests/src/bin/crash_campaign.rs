@@ -2,12 +2,12 @@
 //!
 //! ```console
 //! # cargo build --bin kvm-clone-ctl
-//! # cargo run -p kvm-clone-tests --bin crash_campaign -- --points 2000 --kind xfs --apply new
+//! # cargo run -p kvm-clone-tests --bin crash_campaign -- --points 2000 --kind xfs --apply staged
 //! ```
 //!
 //! | option | what |
 //! | --- | --- |
-//! | `--apply NAME` | what replaces the file: `new`, `inplace`, or a script: `careful`, `careless`, `script-inplace`, `script-staged` (`new`) |
+//! | `--apply NAME` | what replaces the file: `staged`, `reflink`, `inplace`, `new` where there is none (`staged`); or a script: `careful`, `careless`, `script-inplace`, `script-staged` |
 //! | `--kind NAME` | the file system: `ext4`, `xfs`, `btrfs` (`ext4`) |
 //! | `--points N` | how many power cuts (2000); a run is recorded for every 100 of them |
 //! | `--seed N` | another campaign (1) |
@@ -22,7 +22,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::time::Instant;
 
 use kvm_clone_tests::mount::Kind;
@@ -85,8 +84,8 @@ fn all(campaign: &Campaign<'_>, points: usize) -> Tally {
 
 fn parse() -> Result<Args, lexopt::Error> {
     let mut args = Args {
-        apply: "new".to_owned(),
-        subject: Box::new(Product::New),
+        apply: Product::Staged.to_string(),
+        subject: Box::new(Product::Staged),
         kind: Kind::Ext4,
         points: 2000,
         seed: 1,
@@ -121,7 +120,13 @@ fn subject(name: &str) -> Result<Box<dyn Subject>, String> {
         "careless" => Script::CARELESS,
         "script-inplace" => Script::IN_PLACE,
         "script-staged" => Script::STAGED,
-        _ => return Ok(Box::new(Product::from_str(name)?)),
+        _ => {
+            let mut ways = Product::ALL.into_iter();
+            let way = ways.find(|way| way.to_string() == name);
+            return Ok(Box::new(
+                way.ok_or_else(|| format!("{name:?} replaces nothing"))?,
+            ));
+        }
     };
     Ok(Box::new(script))
 }

@@ -84,10 +84,6 @@ impl Mounted {
         fs::create_dir(self.0.join("state")).expect("a fresh file system is empty");
     }
 
-    pub(super) fn disk(&self) -> PathBuf {
-        self.0.join(DISK)
-    }
-
     /// What lies beside the disk and belongs to it.
     pub(super) fn beside(&self) -> Vec<String> {
         let entries = fs::read_dir(self.0.path()).expect("a directory is there");

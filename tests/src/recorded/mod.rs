@@ -3,7 +3,7 @@
 //! ```text
 //!   file system               what is tried runs on it
 //!     loop device
-//!       file                  of a FUSE file system that this process serves: nothing is cached
+//!       file                  of a FUSE file system that this process serves; no write waits in it
 //!         image ──► log       each write, discard and flush, in order
 //!
 //!   image of before + log ──► Platter ──► image of after the cut ──► mount, look, recover, look
@@ -19,13 +19,17 @@
 mod campaign;
 mod fuse;
 mod ground;
+mod image;
 mod log;
 mod namespace;
 mod neighbour;
 mod platter;
+mod record;
 mod recorder;
 mod story;
 mod subject;
+mod tally;
 
-pub use campaign::{Campaign, Counts, KEPT, Tally};
+pub use campaign::{Campaign, KEPT};
 pub use subject::{Product, Script, Subject};
+pub use tally::{Counts, Tally};

@@ -28,3 +28,30 @@ pub(super) fn apart<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     });
     joined.unwrap_or_else(|panic| resume_unwind(panic))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mount::{FileSystem, Kind};
+    use crate::skip::{obstacle, skip};
+
+    #[test]
+    fn what_is_mounted_apart_is_not_seen_elsewhere() {
+        if let Some(reason) = obstacle() {
+            return skip(&reason);
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path().join("mounted");
+        apart(|| {
+            let _mounted = FileSystem::mount(Kind::Tmpfs, 1 << 20, &at);
+            std::fs::write(at.join("file"), "").unwrap();
+            // Of the process, which is that of its first thread, and of this one.
+            let seen = ["self", "thread-self"].map(|who| {
+                let mounts = std::fs::read_to_string(format!("/proc/{who}/mountinfo")).unwrap();
+                mounts.contains(at.to_str().unwrap())
+            });
+            assert_eq!(seen, [false, true]);
+        });
+        assert_eq!(at.read_dir().unwrap().count(), 0);
+    }
+}

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::Path;
 use std::process::Command;
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::controller::{Controller, Run};
@@ -18,8 +17,8 @@ pub trait Subject: fmt::Debug + Sync {
     /// Makes `disk` hold what `source` holds, and returns when it is promised that it will.
     fn replace(&self, controller: &Controller, source: &Path, disk: &Path);
 
-    /// Ends what a crash has interrupted.
-    fn recover(&self, controller: &Controller, disk: &Path);
+    /// Ends what a crash has interrupted. Gives whether it says that the disk is whole.
+    fn recover(&self, controller: &Controller, disk: &Path) -> bool;
 
     /// Whether there is a file to be replaced, or nothing yet.
     fn overwrites(&self) -> bool {
@@ -31,48 +30,86 @@ pub trait Subject: fmt::Debug + Sync {
         false
     }
 
+    /// Whether the disk may be torn as long as recovery says so. Another run mends it.
+    fn may_tear(&self) -> bool {
+        false
+    }
+
     /// Whether a file of this name may lie beside the disk after recovery.
     fn may_leave(&self, _name: &str) -> bool {
         false
     }
 }
 
-/// `kvm-clone-ctl disk sync` within this machine.
+/// `kvm-clone-ctl disk sync` within this machine, and `recover`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Product {
     /// Onto nothing.
     New,
-    /// Onto a file, in place.
+    /// `--apply inplace`.
     InPlace,
+    /// `--apply staged`.
+    Staged,
+    /// `--apply reflink`.
+    Reflink,
 }
 
-impl FromStr for Product {
-    type Err = String;
+impl Product {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::New, Self::InPlace, Self::Staged, Self::Reflink];
 
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "new" => Ok(Self::New),
-            "inplace" => Ok(Self::InPlace),
-            _ => Err(format!("{name:?} is neither new nor inplace")),
+    /// What `--apply` is told, and what the result says.
+    fn apply(self) -> &'static str {
+        match self {
+            Self::InPlace => "inplace",
+            Self::New | Self::Staged => "staged",
+            Self::Reflink => "reflink",
         }
+    }
+}
+
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "new",
+            existing => existing.apply(),
+        })
     }
 }
 
 impl Subject for Product {
     fn replace(&self, controller: &Controller, source: &Path, disk: &Path) {
-        let args = ["disk".as_ref(), "sync".as_ref(), source, disk];
-        ended(controller.run(args)).expect_code(0);
+        let apply = self.apply();
+        let fixed = ["disk", "sync", "--apply", apply].map(AsRef::as_ref);
+        let run = ended(controller.run(fixed.into_iter().chain([source, disk])));
+        let result = run.expect_json();
+        assert_eq!(result["apply"], apply, "{run}");
     }
 
-    /// Neither needs to be recovered: the one is whole, and the other is mended by the next run.
-    fn recover(&self, _: &Controller, _: &Path) {}
+    fn recover(&self, controller: &Controller, _: &Path) -> bool {
+        let run = ended(controller.run(["recover", "local"]));
+        if run.code() == Some(1) && run.json()["hosts"][0]["error"]["code"] == "partial" {
+            return false;
+        }
+        run.expect_code(0);
+        true
+    }
 
     fn overwrites(&self) -> bool {
         *self != Self::New
     }
 
+    fn may_hide(&self) -> bool {
+        *self == Self::Staged
+    }
+
+    fn may_tear(&self) -> bool {
+        *self == Self::InPlace
+    }
+
+    /// What says that it is torn.
     fn may_leave(&self, name: &str) -> bool {
-        *self == Self::New && name == ".disk.kc-new"
+        self.may_tear() && name == ".disk.kc-journal"
     }
 }
 
@@ -163,8 +200,9 @@ impl Subject for Script {
         Self::run(self.replace, &[source, disk], disk);
     }
 
-    fn recover(&self, _: &Controller, disk: &Path) {
+    fn recover(&self, _: &Controller, disk: &Path) -> bool {
         Self::run(self.recover, &[Path::new(""), disk], disk);
+        true
     }
 
     fn may_hide(&self) -> bool {

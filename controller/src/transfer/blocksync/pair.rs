@@ -100,18 +100,20 @@ impl Pair {
             Ok(said) => return Ok((side, said)),
             Err(error) => return Err(error.into()),
         };
-        let at = failed.disk.and_then(|disk| usize::try_from(disk).ok());
+        let disk = failed.disk;
         let lost_other = failed.code == FailureCode::LinkLost;
         let mut error = on(self.side(side), failed);
         if lost_other {
-            error = self.blame(side, error).await;
+            error = self.blame(side, disk).await.unwrap_or(error);
         }
+        let at = disk.and_then(|disk| usize::try_from(disk).ok());
         let at = at.unwrap_or(0);
         Err(Stopped { at, error })
     }
 
-    /// `side` lost the other: what the other says about it, or else the symptom.
-    async fn blame(&mut self, side: Side, symptom: Error) -> Error {
+    /// `side` lost the other on the way for `disk`: the reason that the other gives, if it has
+    /// one. It has none when it says only that it has lost this side as well.
+    async fn blame(&mut self, side: Side, disk: Option<u32>) -> Option<Error> {
         let (other, its_side) = match side {
             Side::Source => (&mut self.destination, Side::Destination),
             Side::Destination => (&mut self.source, Side::Source),
@@ -120,16 +122,19 @@ impl Pair {
         let reason = async {
             loop {
                 match other.next().await {
-                    Ok(Control::Failed(failed)) if failed.code == FailureCode::LinkLost => {}
-                    Ok(Control::Failed(failed)) => return on(other, failed),
+                    Ok(Control::Failed(failed)) if failed.code == FailureCode::LinkLost => {
+                        if failed.disk == disk {
+                            return None;
+                        }
+                    }
+                    Ok(Control::Failed(failed)) => return Some(on(other, failed)),
                     Ok(said) => kept.push_back((its_side, said)),
-                    Err(error) => return error,
+                    Err(error) => return Some(error),
                 }
             }
         };
-        tokio::time::timeout(BLAME_TIME, reason)
-            .await
-            .unwrap_or(symptom)
+        let blamed = tokio::time::timeout(BLAME_TIME, reason).await;
+        blamed.ok().flatten()
     }
 
     /// Tells both to stop, as far as they can still be told, and closes the connections.

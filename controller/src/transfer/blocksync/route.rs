@@ -66,11 +66,12 @@ pub(super) async fn connect(pair: &mut Pair, choice: RouteChoice, disk: u32) -> 
 
 /// Whether another route may help.
 fn is_about_the_way(error: &Error) -> bool {
-    use ErrorCode::{Auth, HostKey, HostUnreachable, Interrupted, MissingRequirement};
+    use ErrorCode::{Auth, HostKey, HostUnreachable, Interrupted, MissingRequirement, Refused};
 
+    // An agent that authorized_keys confines refuses to reach another host.
     matches!(
         error.code(),
-        Auth | HostKey | HostUnreachable | Interrupted | MissingRequirement
+        Auth | HostKey | HostUnreachable | Interrupted | MissingRequirement | Refused
     )
 }
 

@@ -207,7 +207,8 @@ impl Disk {
             let bytes = match block.encoding {
                 Encoding::Raw => &block.payload[..],
                 Encoding::Zstd => {
-                    write::decompress(block, &mut scratch.block[..len], &mut scratch.decompressor)?
+                    let out = &mut scratch.block[..len];
+                    write::decompress(block.index, &block.payload, out, &mut scratch.decompressor)?
                 }
             };
             contents.push(context.digester.content(bytes));

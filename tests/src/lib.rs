@@ -11,13 +11,14 @@
 //! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own.
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
-//! and JSON. What fails in here, and not in the product, panics and names the thing, since a
+//! and JSON. Only [`hostile`] speaks the protocol, to break its rules. What fails in here, and not in the product, panics and names the thing, since a
 //! broken laboratory is a failed test.
 
 #![forbid(unsafe_code)]
 
 pub mod controller;
 pub mod host;
+pub mod hostile;
 pub mod hypervisor;
 pub mod image;
 pub mod journey;

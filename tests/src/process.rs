@@ -1,7 +1,7 @@
 //! Other programs: run to their end, waited for with a deadline, looked at in /proc.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +32,32 @@ pub fn tool<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> S
     String::from_utf8_lossy(&output.stdout)
         .trim_end()
         .to_owned()
+}
+
+/// A program of the workspace that was built beside the running test, or that the environment
+/// names.
+///
+/// Cargo builds the binaries of other packages for no test, so `tests/run` builds them first.
+///
+/// # Panics
+/// When it is not there.
+#[must_use]
+pub fn built(name: &str, variable: &str) -> PathBuf {
+    if let Some(chosen) = std::env::var_os(variable) {
+        return chosen.into();
+    }
+    let test = std::env::current_exe().expect("a test knows its executable");
+    let beside = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/PROFILE/deps/TEST");
+    let binary = beside.join(name);
+    assert!(
+        binary.exists(),
+        "no {}: run tests/run, or `cargo build --workspace`",
+        binary.display()
+    );
+    binary
 }
 
 /// Waits until `probe` gives something.
@@ -72,7 +98,7 @@ pub fn agents_in(mount_namespace: &OsStr) -> Vec<PathBuf> {
 
 /// The ssh clients that were given this configuration file, as `/proc/PID` directories.
 #[must_use]
-pub fn ssh_clients_of(config: &std::path::Path) -> Vec<PathBuf> {
+pub fn ssh_clients_of(config: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };
@@ -90,7 +116,8 @@ pub fn ssh_clients_of(config: &std::path::Path) -> Vec<PathBuf> {
 }
 
 /// The most memory that a process ever had resident, in bytes; `None` once it has ended.
-fn peak_resident(process: &std::path::Path) -> Option<u64> {
+#[must_use]
+pub fn peak_resident(process: &Path) -> Option<u64> {
     let status = std::fs::read_to_string(process.join("status")).ok()?;
     let line = status
         .lines()

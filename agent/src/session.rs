@@ -51,6 +51,8 @@ impl Session {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut beats = tokio::time::interval_at(Instant::now() + BEAT, BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The link may have waited for its session, and the peer for its own.
+        link.reader.expect_life();
         loop {
             self.turn(&mut link, pool, &compressor, &done_to);
             compressor.set_wire_bound(self.machine.is_wire_bound());

@@ -45,6 +45,8 @@ pub struct Agent {
     stderr: JoinHandle<String>,
     watch: Watch,
     numbers: u32,
+    /// When it last heard of its controller.
+    said: Instant,
 }
 
 /// How an agent ended.
@@ -80,6 +82,7 @@ impl Agent {
             }),
             watch: Watch::start(child.id()),
             numbers: 0,
+            said: Instant::now(),
             child,
         }
     }
@@ -125,6 +128,7 @@ impl Agent {
 
     /// Writes any bytes; false when the agent reads no more.
     pub fn write(&mut self, bytes: &[u8]) -> bool {
+        self.said = Instant::now();
         match &mut self.stdin {
             Some(stdin) => connection::write(stdin, bytes),
             None => false,
@@ -148,8 +152,10 @@ impl Agent {
     #[must_use]
     pub fn next(&mut self) -> Option<Control> {
         loop {
-            let Some(frame) = self.incoming.next_within(BEAT) else {
+            if self.said.elapsed() > BEAT {
                 self.send(&Alive {});
+            }
+            let Some(frame) = self.incoming.next_within(BEAT) else {
                 continue;
             };
             match Control::read(&frame?).expect("the agent speaks the protocol") {
@@ -209,6 +215,15 @@ impl Agent {
         match self.next() {
             Some(Control::Listening(listening)) => listening,
             other => panic!("expected a listener, got {other:?}"),
+        }
+    }
+
+    /// Gives signs of life for so long, and nothing else.
+    pub fn idle(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            self.send(&Alive {});
+            std::thread::sleep(BEAT.min(deadline.saturating_duration_since(Instant::now())));
         }
     }
 

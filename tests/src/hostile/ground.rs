@@ -4,6 +4,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use kvm_clone_protocol::digest::{Digester, RangeHasher, disk_root};
+use kvm_clone_protocol::message::SessionParams;
+use kvm_clone_protocol::units::Geometry;
 use tempfile::TempDir;
 
 use crate::image::BLOCK;
@@ -123,6 +126,21 @@ impl Ground {
             Old::Bytes(bytes) => bytes,
             other => panic!("{other:?}: the disk's bytes were not kept"),
         }
+    }
+
+    /// The root of what the disk held, as far as a session goes.
+    ///
+    /// # Panics
+    /// When its size is none.
+    #[must_use]
+    pub fn root(&self, params: &SessionParams) -> [u8; 16] {
+        let digester = Digester::new(params.hash, params.seed);
+        let mut hasher = RangeHasher::new(&digester, 0);
+        for block in self.old()[..size_of(params.size)].chunks(size_of(BLOCK)) {
+            hasher.content(&digester.content(block));
+        }
+        let geometry = Geometry::new(params.size).expect("a size of a disk");
+        disk_root(&digester, geometry, &[hasher.finish()]).0
     }
 
     /// Bytes that the directory's files occupy.

@@ -1,6 +1,6 @@
 //! A data connection to an agent, with the test as the other peer.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use kvm_clone_protocol::frame::{Frame, FrameKind};
@@ -126,15 +126,29 @@ impl Link {
         }
     }
 
+    /// Claims that the agent closes the link before it says anything.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn expect_closed_at_once(mut self) {
+        let mut said = Vec::new();
+        let mut stdout = self.stdout.take().expect("nothing was read yet");
+        let _ = stdout.read_to_end(&mut said);
+        assert_eq!(said, b"", "the agent speaks");
+    }
+
     /// Claims that the agent closes the link; what it still sends does not matter.
     ///
     /// # Panics
     /// When it does not.
     pub fn expect_closed(&mut self) {
-        if self.incoming.is_none() {
-            self.listen();
+        match (&self.incoming, self.stdout.take()) {
+            (Some(_), _) => while self.next().is_some() {},
+            (None, Some(mut stdout)) => {
+                let _ = stdout.read_to_end(&mut Vec::new());
+            }
+            (None, None) => {}
         }
-        while self.next().is_some() {}
         self.stdin = None;
         let _ = self.child.wait();
     }

@@ -250,6 +250,30 @@ fn a_sender_that_ships_all_at_once_and_reads_nothing_does_not_fill_the_memory() 
 }
 
 #[test]
+fn zeros_over_what_is_no_data_take_no_space() {
+    // 16 million blocks that the destination does not even have.
+    let size = 1 << 40;
+    let params = SessionParams {
+        size,
+        ..params(Onto::Staged)
+    };
+    let mut agent = Agent::greeted();
+    let mut trial = Trial::receiver_with(&mut agent, Onto::Staged, params, Link::greeted);
+    trial.link.hear_all(size / BLOCK);
+    let before = trial.ground.allocated();
+    trial.link.write(&zeros(0, size / BLOCK));
+    trial.link.write(&end([0; 16]));
+    let started = Instant::now();
+    let failed = trial.agent.expect(FailureCode::Mismatch);
+    assert_eq!(failed.disk, Some(trial.disk));
+    assert!(started.elapsed() < Duration::from_secs(5));
+    let taken = trial.ground.allocated() - before;
+    assert!(taken < MIB, "{taken} bytes were taken");
+    trial.assert_kept();
+    agent.leave();
+}
+
+#[test]
 fn a_receiver_that_reads_nothing_does_not_fill_a_senders_memory() {
     let blocks = 300_000;
     let params = SessionParams {

@@ -38,6 +38,10 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(20);
 /// is that a connection has to carry 50 bytes a second, or a whole frame in [`SILENCE`].
 const SIGN_OF_LIFE: usize = 1024;
 
+/// Frames, or parts of them, that may wait for being written. Credit allows 65,000 of the smallest
+/// changes ahead, each in two parts; what has no credit is not to take more.
+const MAX_QUEUED: usize = 128 * 1024;
+
 /// Frames written with one system call.
 const WRITE_SLICES: usize = 32;
 
@@ -223,7 +227,7 @@ impl FrameWriter {
         self.pace = Pace::new(rate);
     }
 
-    /// Takes a frame for writing. What is taken is bounded by the windows of the protocol.
+    /// Takes a frame for writing, whatever waits already; see [`is_full`](Self::is_full).
     pub(crate) fn push(&mut self, frame: &Frame) {
         let mut head = BytesMut::with_capacity(frame::HEAD_LEN + frame.meta.len());
         frame.encode_head(&mut head);
@@ -239,6 +243,11 @@ impl FrameWriter {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// Whether nothing more should be pushed before something was written.
+    pub(crate) fn is_full(&self) -> bool {
+        self.queue.len() >= MAX_QUEUED
     }
 
     /// Writes a part of what was taken; for ever pending when there is nothing. May be dropped

@@ -112,6 +112,11 @@ impl Session {
             while let Some((ticket, op)) = self.machine.poll_disk() {
                 self.submit(pool, compressor, done, ticket, op);
             }
+            // A peer that reads nothing and says on and on what it has would have ever more settled
+            // blocks announced to it.
+            if link.writer.is_full() {
+                return;
+            }
             match self.machine.poll_transmit() {
                 Some(frame) => link.writer.push(&frame),
                 None => return,

@@ -29,9 +29,18 @@ const PIPE_SIZE: i32 = 1024 * 1024;
 /// How often something is said where there is nothing else to say.
 pub(crate) const BEAT: Duration = Duration::from_secs(5);
 
-/// Whoever has not sent a byte for this long is taken for dead: four beats, so that one may be
+/// Whoever has given no sign of life for this long is taken for dead: four beats, so that one may be
 /// late, and well below the 30 seconds within which a run must end.
 pub(crate) const SILENCE: Duration = Duration::from_secs(20);
+
+/// Within a frame, so many bytes are a sign of life. Fewer may be the beats of a peer that has
+/// nothing to say, swallowed by a frame whose length is wrong: four of them are 32 bytes. The price
+/// is that a connection has to carry 50 bytes a second, or a whole frame in [`SILENCE`].
+const SIGN_OF_LIFE: usize = 1024;
+
+/// Frames, or parts of them, that may wait for being written. Credit allows 65,000 of the smallest
+/// changes ahead, each in two parts; what has no credit is not to take more.
+const MAX_QUEUED: usize = 128 * 1024;
 
 /// Frames written with one system call.
 const WRITE_SLICES: usize = 32;
@@ -108,7 +117,10 @@ impl AsyncRead for Pollable {
 #[derive(Debug)]
 pub(crate) struct FrameReader {
     fd: Pollable,
+    /// When the last sign of life came: a frame, or a good part of one.
     heard: Instant,
+    /// Bytes that came since.
+    unheard: usize,
     buffer: BytesMut,
     decoder: FrameDecoder,
 }
@@ -118,6 +130,7 @@ impl FrameReader {
         Ok(Self {
             fd: Pollable::new(fd, false)?,
             heard: Instant::now(),
+            unheard: 0,
             buffer: BytesMut::with_capacity(READ_SIZE),
             decoder: FrameDecoder::default(),
         })
@@ -145,7 +158,7 @@ impl FrameReader {
     /// [`ReadError`] when the stream breaks, ends within a frame, or is not frames.
     pub(crate) async fn next(&mut self) -> Result<Option<Frame>, ReadError> {
         loop {
-            if let Some(frame) = self.decoder.decode(&mut self.buffer)? {
+            if let Some(frame) = self.buffered()? {
                 return Ok(Some(frame));
             }
             if self.fill().await? == 0 {
@@ -158,14 +171,24 @@ impl FrameReader {
         }
     }
 
-    /// When the last byte came.
+    /// When the last sign of life came.
     pub(crate) fn heard(&self) -> Instant {
         self.heard
     }
 
+    /// From now on signs of life are expected.
+    pub(crate) fn expect_life(&mut self) {
+        self.heard = Instant::now();
+        self.unheard = 0;
+    }
+
     /// A frame that is here already.
     pub(crate) fn buffered(&mut self) -> Result<Option<Frame>, ReadError> {
-        self.decoder.decode(&mut self.buffer)
+        let frame = self.decoder.decode(&mut self.buffer)?;
+        if frame.is_some() {
+            self.expect_life();
+        }
+        Ok(frame)
     }
 
     async fn fill(&mut self) -> io::Result<usize> {
@@ -173,7 +196,10 @@ impl FrameReader {
             self.buffer.reserve(READ_SIZE);
         }
         let read = self.fd.read_buf(&mut self.buffer).await?;
-        self.heard = Instant::now();
+        self.unheard += read;
+        if self.unheard >= SIGN_OF_LIFE {
+            self.expect_life();
+        }
         Ok(read)
     }
 }
@@ -201,7 +227,7 @@ impl FrameWriter {
         self.pace = Pace::new(rate);
     }
 
-    /// Takes a frame for writing. What is taken is bounded by the windows of the protocol.
+    /// Takes a frame for writing, whatever waits already; see [`is_full`](Self::is_full).
     pub(crate) fn push(&mut self, frame: &Frame) {
         let mut head = BytesMut::with_capacity(frame::HEAD_LEN + frame.meta.len());
         frame.encode_head(&mut head);
@@ -217,6 +243,11 @@ impl FrameWriter {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// Whether nothing more should be pushed before something was written.
+    pub(crate) fn is_full(&self) -> bool {
+        self.queue.len() >= MAX_QUEUED
     }
 
     /// Writes a part of what was taken; for ever pending when there is nothing. May be dropped

@@ -12,6 +12,10 @@ use thiserror::Error;
 
 use crate::disk::Forbidden;
 
+/// The longest message, in bytes: one that names the longest path. A request may hold far longer
+/// ones, and what is said of it must fit a frame.
+const MAX_MESSAGE: usize = 4096 + 256;
+
 /// A failure: who has to act, and a message that names the thing.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{message}")]
@@ -64,13 +68,22 @@ impl Failure {
             code: self.code,
             disk,
             offset: self.offset,
-            message: self.message,
+            message: short(self.message),
         }
     }
 }
 
 fn is_forbidden(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<Forbidden>())
+}
+
+/// A text that fits a frame: its end is left out where it is too long.
+pub(crate) fn short(mut text: String) -> String {
+    if text.len() > MAX_MESSAGE {
+        text.truncate(text.floor_char_boundary(MAX_MESSAGE));
+        text.push('…');
+    }
+    text
 }
 
 impl From<SyncError> for Failure {
@@ -113,5 +126,20 @@ impl From<PreambleError> for Failure {
             }
         };
         Self::new(code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_fits_a_frame_whatever_it_names() {
+        let message = |text: &str| Failure::new(FailureCode::Io, text).message(None).message;
+        assert_eq!(message("as it is"), "as it is");
+        // Three bytes each, and none is cut in two.
+        let long = message(&"…".repeat(40_000));
+        assert!(long.len() <= MAX_MESSAGE + 3);
+        assert!(long.chars().all(|c| c == '…'));
     }
 }

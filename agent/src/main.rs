@@ -5,6 +5,7 @@
 
 #![deny(clippy::print_stdout)]
 
+mod answers;
 mod attach;
 mod channel;
 mod commands;

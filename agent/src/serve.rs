@@ -3,7 +3,8 @@
 //! It speaks the protocol on its standard input and output, and ends with its input, or when the
 //! controller is silent for too long. Requests are answered by tasks of their own, in their order
 //! for each disk, and what may block is done on other threads: a slow fsync keeps nobody from
-//! being heard. All answers go through one queue to the controller.
+//! being heard. All answers go through one queue to the controller. What a controller can make us
+//! hold is bounded: disks, links, requests under way, and answers that it does not read.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,27 +16,35 @@ use bytes::Bytes;
 use kvm_clone_protocol::frame::Frame;
 use kvm_clone_protocol::message::{
     Alive, Commit, Committed, Control, Dial, Dialed, Ended, FailureCode, Hello, Leftover, Listen,
-    Listening, Message, Open, Prepare, Progress, Recover, Recovered, Start, Warning, Welcome,
+    Listening, Message, Open, Prepare, Progress, Recover, Recovered, Start, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
 use nix::unistd::geteuid;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
+use crate::answers::{self, Answers};
 use crate::channel::{BEAT, FrameReader, FrameWriter, SILENCE};
 use crate::commands::Commands;
 use crate::disk::{self, Run};
-use crate::failure::Failure;
+use crate::failure::{Failure, short};
 use crate::link::{self, Link, Listener};
 use crate::pool::Pool;
 use crate::slot::{Ready, Slot};
 
-/// More than any VM has; what a controller can make us hold is bounded.
+/// More than any VM has.
 const MAX_DISKS: usize = 256;
 
 /// The same for data connections that wait for their session.
 const MAX_LINKS: usize = 512;
+
+/// Requests that are being answered at one time: one for each disk and each data connection, and
+/// some. A controller that sends more does not wait for any answer.
+const MAX_REQUESTS: usize = 1024;
+
+/// A controller has this long for preamble and hello: as long as it gives an agent.
+const GREETING: Duration = Duration::from_secs(30);
 
 /// A commit that is under way when the controller goes may end within this time, since a
 /// destination that is finished is worth more than one that waits for `recover`.
@@ -52,16 +61,22 @@ pub(crate) async fn serve(commands: Commands) -> Result<(), Failure> {
     let output = io::stdout().as_fd().try_clone_to_owned().map_err(broken)?;
     let mut reader = FrameReader::new(input).map_err(broken)?;
     let mut writer = FrameWriter::new(output).map_err(broken)?;
-    greet(&mut reader, &mut writer).await?;
+    let late = || Failure::link("no controller said hello in time");
+    tokio::time::timeout(GREETING, greet(&mut reader, &mut writer))
+        .await
+        .map_err(|_| late())??;
 
-    let (answers, mut outbox) = mpsc::unbounded_channel();
+    let (answers, mut outbox) = answers::queue();
     let pool = Pool::start().map_err(|error| {
         Failure::new(FailureCode::Internal, format!("starting threads: {error}"))
     })?;
-    let mut server = Server::new(Answers(answers), pool, commands);
+    let mut server = Server::new(answers, pool, commands);
     let mut beats = interval_at(Instant::now() + BEAT, BEAT);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = loop {
+        if let Err(failure) = outbox.check() {
+            break Err(failure);
+        }
         let silent = sleep_until(reader.heard() + SILENCE);
         tokio::select! {
             // What has come is heard before the time is looked at.
@@ -78,7 +93,7 @@ pub(crate) async fn serve(commands: Commands) -> Result<(), Failure> {
             () = silent => if reader.heard().elapsed() >= SILENCE {
                 break Err(Failure::link("the controller is silent"));
             },
-            Some(frame) = outbox.recv() => writer.push(&frame),
+            Some(frame) = outbox.next(), if writer.is_empty() => writer.push(&frame),
             _ = beats.tick() => if writer.is_empty() {
                 writer.push(&Alive {}.frame()?);
             },
@@ -114,7 +129,8 @@ async fn greet(reader: &mut FrameReader, writer: &mut FrameWriter) -> Result<(),
             version: theirs, ..
         }) if theirs == version => {}
         other => {
-            let message = format!("expected a hello for version {version}, got {other:?}");
+            let kind = other.kind();
+            let message = format!("expected a hello for version {version}, got {kind:?}");
             return Err(Failure::new(FailureCode::Protocol, message));
         }
     }
@@ -155,51 +171,30 @@ enum Continue {
     Stopping,
 }
 
-/// Where answers to the controller go. It may have hung up; then the process is about to end.
-#[derive(Debug, Clone)]
-struct Answers(mpsc::UnboundedSender<Frame>);
-
-impl Answers {
-    fn say(&self, message: &impl Message) {
-        match message.frame() {
-            Ok(frame) => drop(self.0.send(frame)),
-            Err(error) => self.fail(None, error.into()),
-        }
-    }
-
-    fn fail(&self, disk: Option<u32>, failure: Failure) {
-        if let Ok(frame) = failure.message(disk).frame() {
-            let _ = self.0.send(frame);
-        }
-    }
-
-    fn answer<M: Message>(&self, disk: Option<u32>, result: Result<M, Failure>) {
-        match result {
-            Ok(message) => self.say(&message),
-            Err(failure) => self.fail(disk, failure),
-        }
-    }
-
-    fn warn(&self, disk: u32, warnings: Vec<String>) {
-        for message in warnings {
-            self.say(&Warning {
-                disk: Some(disk),
-                message,
-            });
-        }
-    }
-}
-
 struct Server {
     answers: Answers,
     pool: Pool,
     commands: Commands,
     disks: HashMap<u32, Shelf>,
-    links: HashMap<u32, JoinHandle<Result<Link, Failure>>>,
+    links: HashMap<u32, Linking>,
+    /// One for each request that may be under way.
+    requests: Arc<Semaphore>,
     /// The destinations that are changed together.
     run: Arc<Mutex<Option<Run>>>,
     sessions: Vec<AbortHandle>,
     commit: Option<JoinHandle<()>>,
+}
+
+/// Held while a request is being answered.
+type Request = OwnedSemaphorePermit;
+
+/// A data connection that comes into being, or has. It is given up when this is dropped.
+struct Linking(JoinHandle<Result<Link, Failure>>);
+
+impl Drop for Linking {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// The place of a disk: empty until it is open. Its lock puts requests for the disk in order.
@@ -213,6 +208,7 @@ impl Server {
             commands,
             disks: HashMap::new(),
             links: HashMap::new(),
+            requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
             run: Arc::default(),
             sessions: Vec::new(),
             commit: None,
@@ -221,34 +217,34 @@ impl Server {
 
     /// Answers a frame of the controller, now or later.
     fn handle(&mut self, frame: &Frame) -> Result<Continue, Failure> {
-        match Control::read(frame)? {
-            Control::Open(open) => self.begin(Some(open.disk), |server| server.open(open)),
-            Control::Listen(listen) => {
-                let result = self.listen(&listen);
-                self.answers.answer(None, result);
-            }
-            Control::Dial(dial) => self.begin(None, |server| server.dial(dial)),
-            Control::Start(start) => self.begin(Some(start.disk), |server| server.start(start)),
-            Control::Prepare(prepare) => {
-                self.begin(Some(prepare.disk), |server| server.prepare(prepare));
-            }
-            Control::Commit(commit) => self.begin(None, |server| server.commit(commit)),
-            Control::Recover(recover) => self.recover(&recover),
-            Control::Alive(Alive {}) => {}
+        let message = Control::read(frame)?;
+        match message {
+            Control::Alive(Alive {}) => return Ok(Continue::Serving),
             Control::Abort(_) => return Ok(Continue::Stopping),
-            other => {
-                let message = format!("a controller does not send {other:?}");
-                return Err(Failure::new(FailureCode::Protocol, message));
-            }
+            _ => {}
         }
-        Ok(Continue::Serving)
-    }
-
-    /// Begins what is answered later; what cannot begin is answered now.
-    fn begin(&mut self, disk: Option<u32>, begin: impl FnOnce(&mut Self) -> Result<(), Failure>) {
-        if let Err(failure) = begin(self) {
+        let Ok(request) = Arc::clone(&self.requests).try_acquire_owned() else {
+            let message = format!("more than {MAX_REQUESTS} requests before an answer");
+            return Err(protocol(message));
+        };
+        // What cannot begin is answered now.
+        let (disk, begun) = match message {
+            Control::Open(open) => (Some(open.disk), self.open(open, request)),
+            Control::Listen(listen) => (None, self.listen(&listen)),
+            Control::Dial(dial) => (None, self.dial(dial, request)),
+            Control::Start(start) => (Some(start.disk), self.start(start, request)),
+            Control::Prepare(prepare) => (Some(prepare.disk), self.prepare(prepare, request)),
+            Control::Commit(commit) => (None, self.commit(commit, request)),
+            Control::Recover(recover) => (None, self.recover(&recover, request)),
+            other => {
+                let message = format!("a controller does not send {:?}", other.kind());
+                return Err(protocol(message));
+            }
+        };
+        if let Err(failure) = begun {
             self.answers.fail(disk, failure);
         }
+        Ok(Continue::Serving)
     }
 
     fn shelf(&self, disk: u32, doing: &str) -> Result<Shelf, Failure> {
@@ -256,15 +252,15 @@ impl Server {
         shelf.ok_or_else(|| protocol(format!("{doing}: there is no disk {disk}")))
     }
 
-    fn open(&mut self, open: Open) -> Result<(), Failure> {
+    fn open(&mut self, open: Open, request: Request) -> Result<(), Failure> {
         let number = open.disk;
+        let taken = || protocol(format!("disk number {number} is taken, or one too many"));
+        if self.disks.len() >= MAX_DISKS && !self.disks.contains_key(&number) {
+            return Err(taken());
+        }
         let shelf = Arc::clone(self.disks.entry(number).or_default());
         let free = shelf.try_lock_owned().ok().filter(|slot| slot.is_none());
-        let Some(mut slot) = free.filter(|_| self.disks.len() <= MAX_DISKS) else {
-            return Err(protocol(format!(
-                "disk number {number} is taken, or one too many"
-            )));
-        };
+        let mut slot = free.ok_or_else(taken)?;
         let answers = self.answers.clone();
         tokio::spawn(async move {
             let opened = blocking(move || Slot::open(&open)).await;
@@ -274,25 +270,26 @@ impl Server {
                 opened
             });
             answers.answer(Some(number), opened);
+            drop(request);
         });
         Ok(())
     }
 
-    fn listen(&mut self, listen: &Listen) -> Result<Listening, Failure> {
+    fn listen(&mut self, listen: &Listen) -> Result<(), Failure> {
         let version = link_version(listen.version)?;
         self.check_links(listen.link)?;
         let listener = Listener::bind()?;
-        let listening = Listening {
+        self.answers.say(&Listening {
             link: listen.link,
             name: listener.name().to_owned(),
             token: listener.token(),
-        };
-        self.links
-            .insert(listen.link, tokio::spawn(listener.accept(version)));
-        Ok(listening)
+        });
+        let task = tokio::spawn(listener.accept(version));
+        self.links.insert(listen.link, Linking(task));
+        Ok(())
     }
 
-    fn dial(&mut self, dial: Dial) -> Result<(), Failure> {
+    fn dial(&mut self, dial: Dial, request: Request) -> Result<(), Failure> {
         self.commands.permit(&dial.command)?;
         let (number, answers) = (dial.link, self.answers.clone());
         let version = link_version(dial.version)?;
@@ -303,9 +300,10 @@ impl Server {
                 Ok(_) => answers.say(&Dialed { link: dial.link }),
                 Err(failure) => answers.fail(None, failure.clone()),
             }
+            drop(request);
             link
         });
-        self.links.insert(number, task);
+        self.links.insert(number, Linking(task));
         Ok(())
     }
 
@@ -318,7 +316,7 @@ impl Server {
         Ok(())
     }
 
-    fn start(&mut self, start: Start) -> Result<(), Failure> {
+    fn start(&mut self, start: Start, request: Request) -> Result<(), Failure> {
         let shelf = self.shelf(start.disk, "start")?;
         let link = self
             .links
@@ -338,27 +336,34 @@ impl Server {
                 Ok(ready) => {
                     answers.warn(number, ready.warnings.clone());
                     answers.say(&ready.started);
+                    drop(request);
                     play(number, ready, link, rate_limit, &pool, &answers).await;
                 }
                 Err(failure) => answers.fail(Some(number), failure),
             }
         });
+        self.sessions.retain(|session| !session.is_finished());
         self.sessions.push(session.abort_handle());
         Ok(())
     }
 
-    fn prepare(&mut self, prepare: Prepare) -> Result<(), Failure> {
+    fn prepare(&mut self, prepare: Prepare, request: Request) -> Result<(), Failure> {
         let shelf = self.shelf(prepare.disk, "prepare")?;
         let (number, answers) = (prepare.disk, self.answers.clone());
         tokio::spawn(async move {
             let mut slot = shelf.lock_owned().await;
             let prepared = blocking(move || on(&mut slot, "prepare")?.prepare(&prepare)).await;
             answers.answer(Some(number), prepared);
+            drop(request);
         });
         Ok(())
     }
 
-    fn commit(&mut self, commit: Commit) -> Result<(), Failure> {
+    fn commit(&mut self, commit: Commit, request: Request) -> Result<(), Failure> {
+        let running = self.commit.as_ref().is_some_and(|task| !task.is_finished());
+        if running {
+            return Err(protocol("commit: another is under way".to_owned()));
+        }
         let shelves = commit
             .disks
             .iter()
@@ -382,26 +387,33 @@ impl Server {
                 disks: commit.disks,
             });
             answers.answer(None, committed);
+            drop(request);
         }));
         Ok(())
     }
 
-    fn recover(&self, recover: &Recover) {
+    fn recover(&self, recover: &Recover, request: Request) -> Result<(), Failure> {
         let (recovery, answers) = (recover.recovery, self.answers.clone());
         tokio::spawn(async move {
-            let recovered = blocking(move || disk::recover(recovery)).await;
-            let recovered = recovered.map(|all| {
-                for each in all {
-                    answers.say(&Leftover {
-                        path: each.path.into_os_string().into_encoded_bytes(),
-                        fate: each.fate,
-                        message: each.message,
-                    });
+            let recovered = match blocking(move || disk::recover(recovery)).await {
+                Ok(all) => {
+                    for each in all {
+                        // There may be more of them than a controller reads at once.
+                        answers.room().await;
+                        answers.say(&Leftover {
+                            path: each.path.into_os_string().into_encoded_bytes(),
+                            fate: each.fate,
+                            message: short(each.message),
+                        });
+                    }
+                    Ok(Recovered {})
                 }
-                Recovered {}
-            });
+                Err(failure) => Err(failure),
+            };
             answers.answer(None, recovered);
+            drop(request);
         });
+        Ok(())
     }
 
     /// Ends what runs, and leaves behind only what a next run can take up.
@@ -488,7 +500,7 @@ fn link_version(version: u16) -> Result<u16, Failure> {
 async fn play(
     disk: u32,
     ready: Ready,
-    link: JoinHandle<Result<Link, Failure>>,
+    link: Linking,
     rate_limit: u64,
     pool: &Pool,
     answers: &Answers,
@@ -506,16 +518,16 @@ async fn play(
 async fn play_session(
     disk: u32,
     ready: Ready,
-    link: JoinHandle<Result<Link, Failure>>,
+    mut link: Linking,
     rate_limit: u64,
     pool: &Pool,
     answers: &Answers,
 ) -> Result<Ended, Failure> {
     let stopped = |_| Failure::new(FailureCode::Cancelled, "the data connection was given up");
-    let mut link = link.await.map_err(stopped)??;
+    let mut link = (&mut link.0).await.map_err(stopped)??;
     link.writer.set_rate(rate_limit);
     let ships = ready.session.params.ship;
-    let report = |counters| answers.say(&Progress { disk, counters });
+    let report = |counters| answers.news(&Progress { disk, counters });
     let outcome = ready.session.run(link, pool, report).await?;
     if let Some(watch) = ready.watch
         && let Some(warning) = watch.look()?

@@ -51,6 +51,8 @@ impl Session {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut beats = tokio::time::interval_at(Instant::now() + BEAT, BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The link may have waited for its session, and the peer for its own.
+        link.reader.expect_life();
         loop {
             self.turn(&mut link, pool, &compressor, &done_to);
             compressor.set_wire_bound(self.machine.is_wire_bound());
@@ -109,6 +111,11 @@ impl Session {
         loop {
             while let Some((ticket, op)) = self.machine.poll_disk() {
                 self.submit(pool, compressor, done, ticket, op);
+            }
+            // A peer that reads nothing and says on and on what it has would have ever more settled
+            // blocks announced to it.
+            if link.writer.is_full() {
+                return;
             }
             match self.machine.poll_transmit() {
                 Some(frame) => link.writer.push(&frame),

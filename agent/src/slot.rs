@@ -14,7 +14,8 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_clone_protocol::digest::Digester;
 use kvm_clone_protocol::message::{
-    Access, FailureCode, Open, Opened, Prepare, Prepared, Role, SessionParams, Start, Started,
+    Access, Compression, FailureCode, Open, Opened, Prepare, Prepared, Role, SessionParams, Start,
+    Started,
 };
 use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
@@ -130,6 +131,11 @@ impl Slot {
         }
         if params.ship && self.access == Access::Compare {
             return Err(refused("this disk is open for comparing only"));
+        }
+        if let Compression::Level(level) = start.compression
+            && !(1..=19).contains(&level)
+        {
+            return Err(refused("there is no such level of compression"));
         }
         let mut started = Started {
             disk: start.disk,

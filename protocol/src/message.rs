@@ -86,6 +86,13 @@ macro_rules! messages {
         }
 
         impl $family {
+            /// The kind of its frame: what errors name, since a message itself may be long.
+            pub fn kind(&self) -> FrameKind {
+                match self {
+                    $(Self::$name(_) => FrameKind::$name,)*
+                }
+            }
+
             /// Reads the message of a frame.
             ///
             /// # Errors

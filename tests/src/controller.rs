@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::process::wait_for;
+use crate::process::{built, wait_for};
 
 /// No run of a test takes longer; one that hangs is killed and fails the test.
 const LIMIT: Duration = Duration::from_secs(150);
@@ -127,28 +127,13 @@ impl Controller {
     }
 }
 
-/// The controller that was built beside the running test, or program.
-///
-/// Cargo builds the binaries of other packages for no test, so `tests/run` builds them first.
+/// The controller that was built beside the running test, or that `KVM_CLONE_CTL` names.
 ///
 /// # Panics
 /// When it is not there.
 #[must_use]
 pub fn binary() -> PathBuf {
-    if let Some(chosen) = std::env::var_os("KVM_CLONE_CTL") {
-        return chosen.into();
-    }
-    let test = std::env::current_exe().expect("a test knows its executable");
-    // target/PROFILE/deps/TEST, or target/PROFILE/PROGRAM.
-    let mut beside = test.ancestors().skip(1).take(2);
-    let built = beside.find_map(|directory| {
-        let binary = directory.join("kvm-clone-ctl");
-        binary.is_file().then_some(binary)
-    });
-    built.unwrap_or_else(|| {
-        let test = test.display();
-        panic!("no kvm-clone-ctl beside {test}: run tests/run, or `cargo build --workspace`")
-    })
+    built("kvm-clone-ctl", "KVM_CLONE_CTL")
 }
 
 /// A controller that runs.

@@ -13,9 +13,9 @@
 //! [`campaign`] kills processes of a run, over and over.
 //!
 //! Nothing here knows how the product works: it starts binaries, and looks at files, processes
-//! and JSON. What fails in here, and not in the product, panics and names the thing, since a
-//! broken laboratory is a failed test. [`wire`] alone speaks the protocol, to play those who break its
-//! rules.
+//! and JSON. Only [`hostile`] and [`wire`] speak the protocol, to play those who break its rules. What
+//! fails in here, and not in the product, panics and names the thing, since a broken laboratory is a
+//! failed test.
 
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ pub mod campaign;
 pub mod confined;
 pub mod controller;
 pub mod host;
+pub mod hostile;
 pub mod hypervisor;
 pub mod image;
 pub mod journey;

@@ -36,6 +36,31 @@ pub fn tool<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> S
         .to_owned()
 }
 
+/// A program of the workspace that was built beside the running test, or that the environment
+/// names.
+///
+/// Cargo builds the binaries of other packages for no test, so `tests/run` builds them first.
+///
+/// # Panics
+/// When it is not there.
+#[must_use]
+pub fn built(name: &str, variable: &str) -> PathBuf {
+    if let Some(chosen) = std::env::var_os(variable) {
+        return chosen.into();
+    }
+    let test = std::env::current_exe().expect("a test knows its executable");
+    // target/PROFILE/deps/TEST, or target/PROFILE/PROGRAM.
+    let mut beside = test.ancestors().skip(1).take(2);
+    let binary = beside.find_map(|directory| {
+        let binary = directory.join(name);
+        binary.is_file().then_some(binary)
+    });
+    binary.unwrap_or_else(|| {
+        let test = test.display();
+        panic!("no {name} beside {test}: run tests/run, or `cargo build --workspace`")
+    })
+}
+
 /// Waits until `probe` gives something.
 ///
 /// # Panics
@@ -120,7 +145,8 @@ fn all() -> impl Iterator<Item = PathBuf> {
 }
 
 /// The most memory that a process ever had resident, in bytes; `None` once it has ended.
-fn peak_resident(process: &Path) -> Option<u64> {
+#[must_use]
+pub fn peak_resident(process: &Path) -> Option<u64> {
     let status = std::fs::read_to_string(process.join("status")).ok()?;
     let line = status
         .lines()

@@ -44,7 +44,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN, Digester};
 use kvm_clone_protocol::message::{Access, DiskKind, Encoding, FailureCode, Opened};
-use kvm_clone_protocol::sync::{DiskDone, DiskOp, WriteBlock, push_content};
+use kvm_clone_protocol::sync::{DiskDone, DiskOp, MapRun, RunKind, WriteBlock, push_content};
 use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use nix::libc;
 
@@ -214,7 +214,8 @@ impl Disk {
             let bytes = match block.encoding {
                 Encoding::Raw => &block.payload[..],
                 Encoding::Zstd => {
-                    write::decompress(block, &mut scratch.block[..len], &mut scratch.decompressor)?
+                    let out = &mut scratch.block[..len];
+                    write::decompress(block.index, &block.payload, out, &mut scratch.decompressor)?
                 }
             };
             contents.push(context.digester.content(bytes));
@@ -234,9 +235,33 @@ impl Disk {
     fn zero(&self, run: BlockRun, geometry: Geometry) -> Result<(), Failure> {
         self.is_changed.store(true, Ordering::Release);
         match &self.overlay {
-            Some(overlay) => overlay.zero(run, geometry),
+            Some(overlay) => self.zero_beside(overlay, run, geometry),
             None => self.image.zero(run, geometry),
         }
+    }
+
+    /// Notes zeros for blocks that hold something, or for which something waits. The rest of a run
+    /// is zero already, and may be any length: to note each of its blocks could fill the disk.
+    fn zero_beside(
+        &self,
+        overlay: &Overlay,
+        run: BlockRun,
+        geometry: Geometry,
+    ) -> Result<(), Failure> {
+        // The map need not look beyond the run.
+        let end = geometry.size().min(run.end().saturating_mul(BLOCK_SIZE));
+        let within = Geometry::new(end).unwrap_or(geometry);
+        let mut at = run.first;
+        while at < run.end() {
+            let map = overlay.add_all_to(self.image.map(at, within)?, at)?;
+            for MapRun { kind, count } in map.runs {
+                if kind == RunKind::Data {
+                    overlay.zero(BlockRun { first: at, count }, geometry)?;
+                }
+                at += count;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use nix::libc;
+use zstd::zstd_safe;
 
 use super::image::Image;
 use crate::failure::Failure;
@@ -215,16 +216,23 @@ pub(super) fn punch() -> FallocateFlags {
 
 /// Decompresses a block into `out`, which bounds what a hostile frame can make of it.
 pub(super) fn decompress<'a>(
-    block: &WriteBlock,
+    index: u64,
+    payload: &[u8],
     out: &'a mut [u8],
     decompressor: &mut Option<zstd::bulk::Decompressor<'static>>,
 ) -> Result<&'a [u8], Failure> {
     let bad = |what: &str| {
         Failure::new(
             FailureCode::Protocol,
-            format!("block {} does not decompress: {what}", block.index),
+            format!("block {index} does not decompress: {what}"),
         )
     };
+    // Frames in a row would all be decompressed, and some hold nothing but what is to be skipped.
+    match zstd_safe::find_frame_compressed_size(payload) {
+        Ok(len) if len == payload.len() => {}
+        Ok(_) => return Err(bad("something follows its frame")),
+        Err(error) => return Err(bad(zstd_safe::get_error_name(error))),
+    }
     let decompressor = match decompressor {
         Some(decompressor) => decompressor,
         none => none.insert(
@@ -232,11 +240,41 @@ pub(super) fn decompress<'a>(
         ),
     };
     let len = decompressor
-        .decompress_to_buffer(&block.payload, out)
+        .decompress_to_buffer(payload, out)
         .map_err(|error| bad(&error.to_string()))?;
     if len == out.len() {
         Ok(out)
     } else {
         Err(bad("it is too short"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_one_frame_of_its_length() {
+        let compress = |len| zstd::bulk::compress(&vec![7; len], 1).unwrap();
+        let (half, whole) = (compress(BLOCK_LEN / 2), compress(BLOCK_LEN));
+        // By RFC 8878 a decoder skips this.
+        let skipped = b"\x50\x2a\x4d\x18\x01\0\0\0x";
+        let bad = [
+            [&half[..], &half].concat(),
+            [&whole[..], skipped].concat(),
+            [&skipped[..], &whole].concat(),
+            [&whole[..], b"x"].concat(),
+            skipped.to_vec(),
+            compress(BLOCK_LEN + 1),
+            half,
+        ];
+        let (mut out, mut context) = ([0; BLOCK_LEN], None);
+        for payload in bad {
+            let failure = decompress(5, &payload, &mut out, &mut context).unwrap_err();
+            assert_eq!(failure.code, FailureCode::Protocol);
+            assert!(failure.message.starts_with("block 5 does not decompress"));
+        }
+        let good = decompress(5, &whole, &mut out, &mut context).unwrap();
+        assert!(good.iter().all(|byte| *byte == 7));
     }
 }

@@ -65,11 +65,7 @@ async fn see_to(
     recovery: Recovery,
 ) -> Result<Option<Left>> {
     let Some(lock) = state::lock(on, kind, name).await? else {
-        return Ok(match kind {
-            // A sync that goes on is told of by its disks.
-            Kind::Lineage => None,
-            _ => Some(left(kind, name, Fate::Running, "")),
-        });
+        return running(on, kind, name).await;
     };
     let left = match kind {
         Kind::Paused => resume(on, name, recovery).await,
@@ -78,6 +74,19 @@ async fn see_to(
     };
     lock.end().await?;
     left
+}
+
+/// A run goes on, and is left alone. A sync is told of by its disks.
+async fn running(on: &Hypervisor, kind: Kind, name: &str) -> Result<Option<Left>> {
+    let name = match kind {
+        Kind::Lineage => return Ok(None),
+        Kind::Clones => name.to_owned(),
+        Kind::Paused => match state::read::<Paused>(on, kind, name).await? {
+            Some(paused) => paused.vm,
+            None => return Ok(None),
+        },
+    };
+    Ok(Some(left(kind, &name, Fate::Running, "")))
 }
 
 async fn resume(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Option<Left>> {

@@ -203,7 +203,7 @@ fn a_connection_between_the_hosts_that_breaks_ends_the_run_at_once() {
     let run = running.wait();
     // Each side says that it has lost the other: nobody waits for another reason.
     assert!(since.elapsed() < Duration::from_secs(2), "{run}");
-    run.expect_failure(6, &["interrupted"], "the data connection");
+    run.expect_failure(6, &["interrupted"], "connection");
     is_taken_up_again(&lab, Journey::Direct, &source, &copy);
 }
 

@@ -150,6 +150,10 @@ impl Agent {
     /// # Panics
     /// When it says something that is no message.
     #[must_use]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it waits for a peer, which is no iteration"
+    )]
     pub fn next(&mut self) -> Option<Control> {
         loop {
             if self.said.elapsed() > BEAT {

@@ -143,8 +143,8 @@ impl Repeated {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = 0xfd2f_b528_u32.to_le_bytes().to_vec();
         bytes.push(
-            u8::from(self.claims.is_some()) * 0xc0
-                | u8::from(self.checksum.is_some()) << 2
+            (u8::from(self.claims.is_some()) * 0xc0)
+                | (u8::from(self.checksum.is_some()) << 2)
                 | u8::from(self.dictionary.is_some()),
         );
         bytes.push((self.window_log - 10) << 3);

@@ -100,6 +100,10 @@ impl Link {
     /// # Panics
     /// When nothing comes for too long, or this end is deaf.
     #[must_use]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it waits for a peer, which is no iteration"
+    )]
     pub fn next(&mut self) -> Option<Frame> {
         let incoming = self.incoming.as_ref().expect("this end listens");
         loop {

@@ -220,7 +220,8 @@ fn a_sender_that_ships_all_at_once_and_reads_nothing_does_not_fill_the_memory() 
     let blocks = 64 * MIB / BLOCK;
     let zero = vec![0; size_of(BLOCK)];
     let small = Repeated::new(0, &[64 << 10]).encode();
-    let kinds: [(&str, &dyn Fn(u64) -> Vec<u8>); 3] = [
+    type Ship<'a> = &'a dyn Fn(u64) -> Vec<u8>;
+    let kinds: [(&str, Ship<'_>); 3] = [
         ("blocks", &|index| raw(index, &zero)),
         ("compressed blocks", &|index| zstd(index, &small)),
         ("zeros", &|index| zeros(index, 1)),

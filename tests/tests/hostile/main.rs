@@ -17,6 +17,7 @@ use kvm_clone_tests::image::BLOCK;
 type Story = (&'static str, FailureCode, Vec<u8>);
 
 /// Names a story that begins: when one fails, the last that was named is it.
+#[expect(clippy::print_stderr, reason = "the runner shows it with a failure")]
 fn tell(name: &str, of: impl std::fmt::Debug) {
     eprintln!("{of:?}: {name}");
 }

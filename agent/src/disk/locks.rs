@@ -16,7 +16,7 @@
 //! A source of ours is such a reader. A destination of ours holds 100, 101, 201 and 203 alone:
 //! whoever wants one of them, to read or to write, QEMU or another run of ours, is refused by the
 //! kernel itself. A lock ends with its file description, so with its process. One that was taken
-//! through another name of the same device is not seen; [`holders`](super::holders) looks for that.
+//! through another name of the same device is not seen; `holders` looks for that.
 
 use std::fs::File;
 use std::io;

@@ -266,10 +266,23 @@ impl Hypervisor {
         self.run(&[&["virsh", "-q"], words].concat())
     }
 
-    /// Defines a domain.
+    /// Defines a domain. The first one has libvirt ask QEMU what it can do, and on a loaded machine
+    /// the two have been seen to wait for each other for ever: then that QEMU is ended, and libvirt
+    /// asks another.
+    ///
+    /// # Panics
+    /// When it cannot be defined.
     pub fn define(&self, xml: &str) {
         write(&self.directory.join("tmp/define.xml"), xml);
-        self.virsh(&["define", "/tmp/define.xml"]);
+        let words = ["timeout", "60", "virsh", "-q", "define", "/tmp/define.xml"];
+        let asked = "qemu-system.*-machine none";
+        for _ in 0..2 {
+            if self.exec(&words).status.success() {
+                return;
+            }
+            self.exec(&["pkill", "-KILL", "-f", "--", asked]);
+        }
+        self.run(&words);
     }
 
     /// Puts a definition where libvirt keeps its own, and starts libvirt anew.

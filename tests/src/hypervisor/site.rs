@@ -280,7 +280,7 @@ impl Hypervisor {
             if self.exec(&words).status.success() {
                 return;
             }
-            self.exec(&["pkill", "-KILL", "-f", "--", asked]);
+            let _ = self.exec(&["pkill", "-KILL", "-f", "--", asked]);
         }
         self.run(&words);
     }

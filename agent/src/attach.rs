@@ -10,7 +10,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
+use nix::unistd::geteuid;
 
 use crate::link::{release, socket_name};
 
@@ -38,6 +40,11 @@ fn hand_over(
 ) -> io::Result<UnixStream> {
     let address = SocketAddr::from_abstract_name(socket_name(name))?;
     let socket = UnixStream::connect_addr(&address)?;
+    // When the agent has just died, anybody may have taken its name.
+    if getsockopt(&socket, PeerCredentials)?.uid() != geteuid().as_raw() {
+        let message = "what listens there is another user's";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+    }
     let fds = [input.as_raw_fd(), output.as_raw_fd()];
     let control = [ControlMessage::ScmRights(&fds)];
     let sent = sendmsg::<()>(

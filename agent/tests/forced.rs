@@ -5,7 +5,11 @@
     reason = "helpers of tests, which clippy does not see as such"
 )]
 
-use std::io::Write;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::{Command, Output, Stdio};
 
 /// What sshd sets to what a login asked for.
@@ -19,6 +23,10 @@ fn run(args: &[&str], asked: Option<&str>, input: &[u8]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvm-clone-agent"));
     command.args(args).env_remove(ASKED);
     command.envs(asked.map(|asked| (ASKED, asked)));
+    feed(command, input)
+}
+
+fn feed(mut command: Command, input: &[u8]) -> Output {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -109,4 +117,38 @@ fn anything_else_that_was_asked_for_is_not_done() {
         assert!(served(&output), "{asked}");
     }
     assert!(!made.exists());
+}
+
+#[test]
+fn a_token_is_not_shown_to_another_user_who_has_taken_the_name() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: to be two users needs root");
+        return;
+    }
+    let name = format!("taken{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(format!("kvm-clone-{name}")).unwrap();
+    let listener = UnixListener::bind_addr(&address).unwrap();
+    // Where nobody may go as well.
+    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+    let open = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(directory.path(), open).unwrap();
+    let agent = directory.path().join("agent");
+    // By another process, so that no test that forks meanwhile keeps it open for writing.
+    let mut copy = Command::new("cp");
+    copy.arg(env!("CARGO_BIN_EXE_kvm-clone-agent")).arg(&agent);
+    assert!(copy.status().unwrap().success());
+
+    let received = std::thread::spawn(move || {
+        let mut received = [0; 16];
+        let (mut stream, _) = listener.accept().unwrap();
+        let n = stream.read(&mut received).unwrap();
+        received[..n].to_vec()
+    });
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    command.arg(&agent).args(["attach", &name]);
+    let output = feed(command, TOKEN);
+    let stderr = stderr(&output);
+    assert!(stderr.contains("another user's"), "{stderr}");
+    assert_eq!(received.join().unwrap(), b"");
 }

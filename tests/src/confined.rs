@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::image::{self, BLOCK, Piece};
-use crate::lab::Lab;
+use crate::image::{self, BLOCK, MIB, Piece};
+use crate::lab::{Lab, LabSpec};
+use crate::mount::Kind;
 use crate::wire::Caller;
 
 /// A laboratory with the directories `from`, `to` and `out`, a disk in the first and the last of
-/// them, and an agent where authorized_keys can name it.
+/// them, and an agent where authorized_keys can name it. The directories lie in memory, where names
+/// are exchanged so fast that a race is won within a few tries by whoever can win it.
 #[derive(Debug)]
 pub struct Confined {
     /// The laboratory.
@@ -24,34 +26,35 @@ impl Confined {
     /// When its files cannot be made.
     #[must_use]
     pub fn start() -> Option<Self> {
-        let lab = Lab::start()?;
+        let lab = LabSpec::new()?.mount(Kind::Tmpfs, 64 * MIB).start();
         let agent = lab.install_agent();
+        let confined = Self { lab, agent };
         for name in ["from", "to", "out"] {
-            fs::create_dir(lab.path(name)).expect("the laboratory is writable");
+            fs::create_dir(confined.path(name)).expect("the laboratory is writable");
         }
         for name in ["from/disk", "out/disk"] {
-            image::write(&lab.path(name), &[Piece::Random(1, 5 * BLOCK + 5)]);
+            image::write(&confined.path(name), &[Piece::Random(1, 5 * BLOCK + 5)]);
         }
-        Some(Self { lab, agent })
+        Some(confined)
     }
 
-    /// From now on the hosts give the controller an agent with these options; `@` stands for the
-    /// laboratory's directory.
+    /// From now on the hosts give the controller an agent with these options; `@` stands for where
+    /// the directories are.
     ///
     /// # Panics
     /// When the laboratory's path is not plain.
     pub fn force(&self, on_a: &str, on_b: &str) {
-        let at = self.lab.path("");
+        let at = self.path("");
         let at = at.to_str().expect("a laboratory has a plain path");
         let serve = |options: &str| format!("{} serve {}", self.agent, options.replace('@', at));
         self.lab.a.force("controller", &serve(on_a));
         self.lab.b.force("controller", &serve(on_b));
     }
 
-    /// A path in the laboratory.
+    /// A path beside the directories.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
-        self.lab.path(name)
+        self.lab.mounts()[0].join(name)
     }
 
     /// The names in a directory.

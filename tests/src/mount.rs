@@ -36,10 +36,13 @@ impl LoopDevice {
         let file = std::fs::File::create(backing).expect("the laboratory's directory is writable");
         file.set_len(size).expect("a sparse file takes no room");
         let args = ["--find".as_ref(), "--show".as_ref(), backing.as_os_str()];
-        Self {
+        let device = Self {
             device: tool("losetup", args).into(),
             backing: backing.to_owned(),
-        }
+        };
+        // A test that failed may have left this device read-only for whoever gets it next.
+        tool("blockdev", ["--setrw".as_ref(), device.path()]);
+        device
     }
 
     /// The device's path.

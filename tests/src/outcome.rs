@@ -47,7 +47,12 @@ impl Outcome {
             before,
             run,
         };
-        outcome.assert_described(by, apply);
+        let verified = if options.contains(&"reread") {
+            "reread"
+        } else {
+            "streamed"
+        };
+        outcome.assert_described(by, apply, verified);
         outcome.assert_counted(from);
         if missing && outcome.json["resumed"] == false {
             assert_eq!(
@@ -97,13 +102,13 @@ impl Outcome {
         );
     }
 
-    fn assert_described(&self, by: Journey, apply: &str) {
+    fn assert_described(&self, by: Journey, apply: &str, verified: &str) {
         let (json, run) = (&self.json, &self.run);
         for (field, expected) in [
             ("operation", "disk-sync"),
             ("method", "blocksync"),
             ("apply", apply),
-            ("verified", "streamed"),
+            ("verified", verified),
         ] {
             assert_eq!(json[field], expected, "{field} in {run}");
         }

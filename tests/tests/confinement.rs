@@ -67,7 +67,9 @@ fn what_is_allowed_is_synced_by_every_route() {
         .sync(Journey::Pull, &from, &ground.path("pulled"), &[]);
     let to = ground.path("to/disk");
     for options in [&[][..], &["--apply", "staged", "--verify", "reread"]] {
-        ground.lab.sync(Journey::Push, &from, &to, options);
+        let run = ground.lab.disk("sync", Journey::Push, &from, &to, options);
+        let _ = run.expect_json();
+        image::assert_equal(&from, &to);
         image::change_blocks(&to, 20, 8);
     }
     let auto = run(&ground, "sync", Journey::Push, "from/disk", "to/disk");

@@ -180,6 +180,37 @@ fn unsafe_code_is_forbidden_outside_of_the_agent() {
 }
 
 #[test]
+fn only_what_is_confined_hands_the_paths_of_disks_to_the_kernel() {
+    let calls = [
+        "OpenOptions::new",
+        "fs::metadata",
+        "fs::symlink_metadata",
+        "path.symlink_metadata",
+        "fs::canonicalize",
+        "path.canonicalize",
+        "fs::rename",
+        "fs::remove_file",
+        "fs::hard_link",
+        "renameat2(",
+        "linkat(",
+    ];
+    let expected = [
+        "disk/confinement.rs",
+        "disk/file.rs",
+        "disk/mod.rs",
+        "disk/names.rs",
+        // A descriptor of its own, by its number.
+        "disk/reread.rs",
+        // What the others go through.
+        "disk/root.rs",
+    ];
+    let mut found = files_with("agent", &calls);
+    // Tests alone.
+    found.remove("disk/stories.rs");
+    assert_eq!(found, expected.map(str::to_owned).into());
+}
+
+#[test]
 fn every_module_says_what_it_owns() {
     for member in ["protocol", "agent", "controller", "bench", "tests"] {
         for path in sources(member) {

@@ -86,7 +86,7 @@ impl Destination {
                 let image = open_image(path, &metadata, Access::Destination)?;
                 Ok(Self {
                     names: Names::of(path, &metadata)?,
-                    version: Some(image.version()?),
+                    version: Some(image.version()?.uncounted()),
                     base: Some(Arc::new(image)),
                     work: None,
                 })

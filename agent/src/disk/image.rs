@@ -130,3 +130,14 @@ pub(crate) struct Version {
     /// Of a device that counts.
     written: Option<u64>,
 }
+
+impl Version {
+    /// Without the count of what has been written: a destination is held against others, and what
+    /// the kernel still has to write of an earlier user's changes is none of them.
+    pub(super) fn uncounted(self) -> Self {
+        Self {
+            written: None,
+            ..self
+        }
+    }
+}

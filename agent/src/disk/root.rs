@@ -266,7 +266,10 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
 
+    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
     use tempfile::TempDir;
 
     use super::*;
@@ -380,6 +383,59 @@ mod tests {
         ground.link("..", "in/sub");
         fs::write(&within.unwrap().path, "new").unwrap();
         assert!(ground.path("in/moved/new").exists() && !ground.path("new").exists());
+    }
+
+    /// Looks at a disk again and again while two names are exchanged all the time, and gives how
+    /// often it was there and how often it was refused.
+    fn race(ground: &Ground, one: &str, other: &str, disk: &str) -> (u32, u32) {
+        let (one, other) = (ground.path(one), ground.path(other));
+        let (mut read, mut refused) = (0, 0);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let flags = RenameFlags::RENAME_EXCHANGE;
+                while !stop.load(Ordering::Relaxed) {
+                    renameat2(AT_FDCWD, &one, AT_FDCWD, &other, flags).unwrap();
+                }
+            });
+            let enough = |read, refused| read > 1000 && refused > 1000;
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !enough(read, refused) && Instant::now() < deadline {
+                let opened = ground.root.follow(&ground.path(disk)).and_then(|within| {
+                    File::options()
+                        .read(true)
+                        .custom_flags(libc::O_NOFOLLOW)
+                        .open(&within.unwrap().path)
+                });
+                match opened.and_then(io::read_to_string) {
+                    Ok(contents) if contents == "disk" => read += 1,
+                    Err(error) if leads_out(&error) => refused += 1,
+                    other => {
+                        stop.store(true, Ordering::Relaxed);
+                        panic!("{other:?}");
+                    }
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        (read, refused)
+    }
+
+    #[test]
+    fn what_is_exchanged_between_looking_and_opening_is_no_way_out() {
+        let ground = Ground::new();
+        fs::create_dir(ground.path("outer")).unwrap();
+        fs::write(ground.path("outer/disk"), "secret").unwrap();
+        fs::write(ground.path("in/sub/disk"), "disk").unwrap();
+        ground.link("../outer/disk", "in/link");
+        ground.link("../outer", "in/other");
+        for (one, other, disk) in [
+            ("in/disk", "in/link", "in/disk"),
+            ("in/sub", "in/other", "in/sub/disk"),
+        ] {
+            let (read, refused) = race(&ground, one, other, disk);
+            assert!(read > 0 && refused > 0, "{read} read, {refused} refused");
+        }
     }
 
     #[test]

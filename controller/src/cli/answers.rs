@@ -57,26 +57,39 @@ where
     T: Serialize + Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
+    report_judged(app, operation, specs, work, |_| Ok(()), text).await
+}
+
+/// The same where an answer may itself be a failure: `judge` says so, and both are printed.
+pub(super) async fn report_judged<T, F>(
+    app: &App,
+    operation: &'static str,
+    specs: Vec<HostSpec>,
+    work: impl Fn(Host) -> F,
+    judge: impl Fn(&T) -> Result<()>,
+    text: impl FnOnce(&[Answer<T>]) -> String,
+) -> Result<()>
+where
+    T: Serialize + Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
     let n_hosts = specs.len();
     let hosts = specs.iter().map(|spec| app.host(spec)).collect();
     let (mut answers, mut errors) = (Vec::new(), Vec::new());
     for (host, answer) in side_by_side(hosts, work).await {
-        let name = host.to_string();
-        match answer {
-            Ok(answer) => answers.push(Answer {
-                host: name,
-                answer: Some(answer),
-                error: None,
-            }),
-            Err(error) => {
-                answers.push(Answer {
-                    host: name,
-                    answer: None,
-                    error: Some((&error).into()),
-                });
-                errors.push((host, error));
+        let (answer, error) = match answer {
+            Ok(answer) => {
+                let error = judge(&answer).err();
+                (Some(answer), error)
             }
-        }
+            Err(error) => (None, Some(error)),
+        };
+        answers.push(Answer {
+            host: host.to_string(),
+            answer,
+            error: error.as_ref().map(Into::into),
+        });
+        errors.extend(error.map(|error| (host, error)));
     }
     let report = Report {
         operation,

@@ -204,7 +204,7 @@ fn reached(host: &Host, facts: &Facts, libvirt: &str) -> Vec<Check> {
     checks.push(tool("rsync", &facts.rsync));
     checks.push(tool("scp", &facts.scp));
     checks.push(virsh(facts, libvirt));
-    checks.extend([space(facts), clock(facts)]);
+    checks.extend([space(facts), unfinished(host, facts), clock(facts)]);
     checks
 }
 
@@ -305,6 +305,18 @@ fn space(facts: &Facts) -> Check {
             "free space",
             "unknown",
             "df is missing on the host, or says something else",
+        ),
+    }
+}
+
+fn unfinished(host: &Host, facts: &Facts) -> Check {
+    let name = "unfinished runs";
+    match facts.unfinished {
+        0 => Check::ok(name, "none"),
+        n => Check::warning(
+            name,
+            format!("{n} are under way, or broke off"),
+            format!("\"kvm-clone-ctl recover {host}\" ends those that broke off, and no others"),
         ),
     }
 }
@@ -442,6 +454,14 @@ mod tests {
                     ..facts()
                 },
                 "free space",
+                Status::Warning,
+            ),
+            (
+                Facts {
+                    unfinished: 1,
+                    ..facts()
+                },
+                "unfinished runs",
                 Status::Warning,
             ),
         ];

@@ -1,17 +1,18 @@
-//! `recover`: ends what broken runs have left on hosts. The agents there know how; this asks them,
-//! and says what became of each disk.
-
-use std::os::unix::ffi::OsStringExt as _;
+//! `recover`: ends what broken runs have left on hosts. The agents there see to disks, and the
+//! records of this program tell of VMs; this asks both, and says what became of each.
 
 use clap::Args;
-use kvm_clone_protocol::message::{Control, Fate, Leftover, Recover, Recovery};
+use kvm_clone_protocol::message::{Fate, Recovery};
 use serde::Serialize;
 
 use super::App;
-use super::answers::{Answer, report};
+use super::answers::{Answer, report_judged};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::{AgentConnection, Host};
+use crate::host::Host;
+use crate::libvirt::Hypervisor;
+use crate::transfer;
+use crate::vm::recover::{self as vm, Subject};
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -29,17 +30,27 @@ pub(super) struct Arguments {
 /// What a host had.
 #[derive(Debug, Serialize)]
 struct Found {
-    disks: Vec<Disk>,
+    found: Vec<Left>,
 }
 
-/// A destination whose run broke off.
+/// What a run that broke off has left.
 #[derive(Debug, Serialize)]
-struct Disk {
-    path: String,
+struct Left {
+    kind: Kind,
+    /// A disk's path, or a VM's name.
+    name: String,
     /// `finished`, `rolled_back`, `waiting`, `unfinished`, `torn`, `running` or `stuck`.
     state: &'static str,
     #[serde(skip_serializing_if = "String::is_empty")]
     note: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Disk,
+    Vm,
+    Clone,
 }
 
 pub(super) async fn run(app: &App, args: Arguments) -> Result<()> {
@@ -48,81 +59,108 @@ pub(super) async fn run(app: &App, args: Arguments) -> Result<()> {
         (false, true) => Recovery::Finish,
         (false, false) => Recovery::RollBack,
     };
-    let done = report(
-        app,
-        "recover",
-        args.hosts,
-        move |host| on_host(host, recovery),
-        text,
-    );
-    done.await
+    let connect = app.connect().to_owned();
+    let work = move |host| on_host(Hypervisor::new(host, connect.clone()), recovery);
+    let judge = |found: &Found| match recovery {
+        Recovery::List => Ok(()),
+        Recovery::Finish | Recovery::RollBack => found.judge(),
+    };
+    report_judged(app, "recover", args.hosts, work, judge, text).await
 }
 
-async fn on_host(host: Host, recovery: Recovery) -> Result<Found> {
-    let mut agent = host.start_agent().await?;
-    let found = ask(&mut agent, recovery).await;
-    agent.close().await;
-    let found = found?;
-    if recovery == Recovery::List {
-        return Ok(found);
+async fn on_host(on: Hypervisor, recovery: Recovery) -> Result<Found> {
+    on.host().share().await?;
+    let disks = transfer::recover::recover(on.host(), recovery).await?;
+    let mut found: Vec<Left> = disks.into_iter().map(Left::from).collect();
+    match vm::recover(&on, recovery).await {
+        Ok(vms) => found.extend(vms.into_iter().map(Left::from)),
+        // What was done to the disks is told all the same.
+        Err(error) => found.push(Left::unseen(on.host(), &error)),
     }
-    let open: Vec<&Disk> = found
-        .disks
-        .iter()
-        .filter(|disk| matches!(disk.state, "stuck" | "torn"))
-        .collect();
-    if open.is_empty() {
-        return Ok(found);
-    }
-    let each: Vec<String> = open
-        .iter()
-        .map(|disk| format!("{} is {}: {}", disk.path, disk.state, advice(disk)))
-        .collect();
-    let message = format!(
-        "{} of {} disks are not whole",
-        open.len(),
-        found.disks.len()
-    );
-    Err(Error::new(ErrorCode::Partial, message)
-        .caused_by(each.join("; "))
-        .hint("a sync onto a torn disk that runs to its end mends it"))
+    Ok(Found { found })
 }
 
-fn advice(disk: &Disk) -> &str {
-    match (disk.state, disk.note.as_str()) {
-        ("torn", "") => "it was written in place by a run that broke off",
-        (_, note) => note,
-    }
-}
-
-async fn ask(agent: &mut AgentConnection, recovery: Recovery) -> Result<Found> {
-    agent.send(&Recover { recovery }).await?;
-    let mut disks = Vec::new();
-    loop {
-        match agent.next().await? {
-            Control::Leftover(leftover) => disks.push(leftover.into()),
-            Control::Recovered(_) => return Ok(Found { disks }),
-            Control::Failed(failed) => return Err(failed.into()),
-            answer => {
-                let message = format!("an agent answers recover with {answer:?}");
-                return Err(Error::new(ErrorCode::Protocol, message));
-            }
+impl Found {
+    /// What is not whole is a failure.
+    fn judge(&self) -> Result<()> {
+        let is_open = |left: &&Left| matches!(left.state, "stuck" | "torn");
+        let open: Vec<String> = self
+            .found
+            .iter()
+            .filter(is_open)
+            .map(|left| format!("{}: {}", left.name, left.said()))
+            .collect();
+        if open.is_empty() {
+            return Ok(());
         }
+        let message = format!("{} of {} are not whole", open.len(), self.found.len());
+        Err(Error::new(ErrorCode::Partial, message)
+            .caused_by(open.join("; "))
+            .hint("a sync onto a torn disk that runs to its end mends it"))
     }
 }
 
-impl From<Leftover> for Disk {
-    fn from(leftover: Leftover) -> Self {
-        let path = std::ffi::OsString::from_vec(leftover.path);
+impl Left {
+    /// The VMs of a host could not be looked for.
+    fn unseen(host: &Host, error: &Error) -> Self {
         Self {
-            path: path.to_string_lossy().into_owned(),
-            state: name(leftover.fate),
-            note: leftover.message,
+            kind: Kind::Vm,
+            name: host.to_string(),
+            state: state(Fate::Stuck),
+            note: error.one_line(),
+        }
+    }
+
+    /// What became of it, for people.
+    fn said(&self) -> String {
+        let said = match (self.kind, self.state) {
+            (_, "running") => "a run is at it, and was left alone",
+            (Kind::Disk, "unfinished") => "committed, and not finished",
+            (Kind::Disk, "finished") => "finished: it is the new version",
+            (Kind::Disk, "waiting") => {
+                "not committed: it is the old version, and what arrived waits for the next run"
+            }
+            (Kind::Disk, "rolled_back") => "rolled back: it is the old version",
+            (_, "torn") => "torn: it was written in place by a run that broke off",
+            (Kind::Vm, "finished") => "put right",
+            (Kind::Vm, "waiting" | "unfinished") => "not put right",
+            (Kind::Clone, "waiting") => "waits for the same clone command",
+            (Kind::Clone, "rolled_back") => "what was made for it is removed",
+            _ => "could not be seen to",
+        };
+        match self.note.as_str() {
+            "" => said.to_owned(),
+            note => format!("{said} ({note})"),
         }
     }
 }
 
-fn name(fate: Fate) -> &'static str {
+impl From<transfer::recover::Left> for Left {
+    fn from(left: transfer::recover::Left) -> Self {
+        Self {
+            kind: Kind::Disk,
+            name: left.path,
+            state: state(left.fate),
+            note: left.note,
+        }
+    }
+}
+
+impl From<vm::Left> for Left {
+    fn from(left: vm::Left) -> Self {
+        Self {
+            kind: match left.subject {
+                Subject::Vm => Kind::Vm,
+                Subject::Clone => Kind::Clone,
+            },
+            name: left.name,
+            state: state(left.fate),
+            note: left.note,
+        }
+    }
+}
+
+fn state(fate: Fate) -> &'static str {
     match fate {
         Fate::Running => "running",
         Fate::Unfinished => "unfinished",
@@ -137,33 +175,61 @@ fn name(fate: Fate) -> &'static str {
 fn text(answers: &[Answer<Found>]) -> String {
     let mut text = String::new();
     for Answer { host, answer, .. } in answers {
-        let Some(found) = answer else { continue };
-        if found.disks.is_empty() {
+        let Some(Found { found }) = answer else {
+            continue;
+        };
+        if found.is_empty() {
             text += &format!("{host}: nothing was left\n");
         }
-        for disk in &found.disks {
-            let note = if disk.note.is_empty() {
-                String::new()
-            } else {
-                format!(" ({})", disk.note)
+        for left in found {
+            let kind = match left.kind {
+                Kind::Disk => "",
+                Kind::Vm => "VM ",
+                Kind::Clone => "clone ",
             };
-            text += &format!("{host}: {}: {}{note}\n", disk.path, said(disk.state));
+            text += &format!("{host}: {kind}{}: {}\n", left.name, left.said());
         }
     }
     text
 }
 
-/// What became of a disk, for people.
-fn said(state: &str) -> &str {
-    match state {
-        "running" => "a run is at it, and was left alone",
-        "unfinished" => "committed, and not finished",
-        "finished" => "finished: it is the new version",
-        "waiting" => {
-            "not committed: it is the old version, and what arrived waits for the next run"
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn left(state: &'static str) -> Left {
+        Left {
+            kind: Kind::Disk,
+            name: "/images/web".into(),
+            state,
+            note: "why".into(),
         }
-        "rolled_back" => "rolled back: it is the old version",
-        "torn" => "torn: it was written in place",
-        _ => "could not be seen to",
+    }
+
+    #[test]
+    fn what_is_not_whole_is_a_failure_and_is_told_with_the_rest() {
+        let found = Found {
+            found: vec![left("finished"), left("stuck")],
+        };
+        let error = found.judge().unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Partial);
+        let said = error.for_people();
+        assert!(
+            said.contains("1 of 2") && said.contains("/images/web"),
+            "{said}"
+        );
+        let host = Answer {
+            host: "hv1".into(),
+            answer: Some(found),
+            error: Some((&error).into()),
+        };
+        let text = text(&[host]);
+        assert_eq!(text.lines().count(), 2, "{text}");
+        let whole = ["finished", "rolled_back", "waiting", "running"].map(left);
+        Found {
+            found: whole.into(),
+        }
+        .judge()
+        .unwrap();
     }
 }

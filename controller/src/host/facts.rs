@@ -35,6 +35,8 @@ pub struct Facts {
     pub libvirt: (bool, String),
     /// Free bytes, and of which directory's file system.
     pub free: Option<(u64, String)>,
+    /// Runs of this user that are under way there, or broke off.
+    pub unfinished: u64,
     /// With `--sudo`: whether the root-owned agent runs, and what was said.
     pub sudo: Option<(bool, String)>,
 }
@@ -94,6 +96,7 @@ fn parse(lines: &[String], asked: i64, answered: i64) -> Facts {
         virsh: value("virsh"),
         libvirt: status_and_text(&value("libvirt")),
         free: free(&value("free")),
+        unfinished: value("unfinished").parse().unwrap_or_default(),
         sudo: Some(value("sudo"))
             .filter(|sudo| !sudo.is_empty())
             .map(|said| sudo(&said)),
@@ -146,6 +149,7 @@ mod tests {
             "libvirt 1 ",
             "cache /root/.cache/kvm-clone",
             "free 1024 /var/lib/libvirt/images",
+            "unfinished 2",
             "sudo kvm-clone-refused /opt/agent is not there",
             "end",
         ]
@@ -153,6 +157,7 @@ mod tests {
         let facts = parse(&lines, 890, 910);
         assert_eq!(facts.clock_ahead, Some(100));
         assert_eq!(facts.clock_error, Duration::from_secs(11));
+        assert_eq!(facts.unfinished, 2);
         assert_eq!(
             facts.free,
             Some((1 << 20, "/var/lib/libvirt/images".to_owned()))

@@ -1,6 +1,6 @@
-//! Something on a host that must be undone whatever happens here: done by a shell there that
-//! waits for its standard input to end, and that undoes it then, be it because this program says
-//! so or because it is gone.
+//! Something on a host that must be undone whatever happens here, a lock among them: done by a
+//! shell there that waits for its standard input to end, and that undoes it then, be it because
+//! this program says so or because it is gone.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin};
 
+use super::tool::NOT_FOUND;
 use super::{Host, MAX_STDERR, drain, find, script, ssh};
 use crate::error::{Error, ErrorCode, Result};
 
@@ -19,6 +20,15 @@ const END_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Guard {
     process: Child,
     stdin: ChildStdin,
+}
+
+/// What came of a script that was to stay.
+enum Stay {
+    Begun(Guard),
+    Ended {
+        code: Option<i32>,
+        complaint: String,
+    },
 }
 
 impl Host {
@@ -33,7 +43,40 @@ impl Host {
             self.tool_words(&words.iter().map(String::as_str).collect::<Vec<_>>())
         };
         let text = script::guard(&owned(begin)?, &owned(undo)?, &self.tool_words(forget)?);
-        let mut command = self.command(&text).await?;
+        match self.stay(&text).await? {
+            Stay::Begun(guard) => Ok(guard),
+            Stay::Ended { complaint, .. } => {
+                let message = format!("\"{}\" failed on {self}", begin.join(" "));
+                Err(Error::new(ErrorCode::Io, message).caused_by(complaint))
+            }
+        }
+    }
+
+    /// Takes a lock that falls when the guard ends, or this program or the connection does.
+    /// `None` when somebody else has it. Its file is there only meanwhile.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or the file cannot be made; missing requirement, where
+    /// there is no `flock`.
+    pub async fn lock(&self, path: &str) -> Result<Option<Guard>> {
+        let text = self.tool_words(&["sh", "-c", &script::lock(), path])?;
+        let (code, complaint) = match self.stay(&text).await? {
+            Stay::Begun(guard) => return Ok(Some(guard)),
+            Stay::Ended { code, complaint } => (code, complaint),
+        };
+        match code {
+            Some(script::HELD) => Ok(None),
+            Some(NOT_FOUND) => Err(self.lacks("flock").caused_by(complaint)),
+            _ => {
+                let message = format!("cannot lock {path} on {self}");
+                Err(Error::new(ErrorCode::Io, message).caused_by(complaint))
+            }
+        }
+    }
+
+    /// Starts a script that says when it has begun, and stays until its standard input ends.
+    async fn stay(&self, text: &str) -> Result<Stay> {
+        let mut command = self.command(text).await?;
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -55,17 +98,17 @@ impl Host {
             let read = stdout.read_buf(&mut said).await;
             if read.map_err(|error| Error::io("reading from ssh", error))? == 0 {
                 let stderr = drain(stderr, MAX_STDERR).await;
-                let complaint = String::from_utf8_lossy(&stderr).trim().to_owned();
-                return Err(Error::new(
-                    ErrorCode::Io,
-                    format!("\"{}\" failed on {self}", begin.join(" ")),
-                )
-                .caused_by(complaint));
+                let status = process.wait().await;
+                let status = status.map_err(|error| Error::io("waiting for ssh", error))?;
+                return Ok(Stay::Ended {
+                    code: status.code(),
+                    complaint: String::from_utf8_lossy(&stderr).trim().to_owned(),
+                });
             }
         }
         tokio::spawn(drain(stderr, 0));
         tokio::spawn(drain(Some(stdout), 0));
-        Ok(Guard { process, stdin })
+        Ok(Stay::Begun(Guard { process, stdin }))
     }
 }
 
@@ -129,6 +172,29 @@ mod tests {
             assert!(std::path::Path::new(&undone).exists());
             assert_eq!(std::path::Path::new(&note).exists(), !in_order);
         }
+    }
+
+    #[tokio::test]
+    async fn a_lock_is_held_by_one_and_falls_with_its_guard() {
+        let host = Host::new("local".parse().unwrap(), Arc::default());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("it's a lock");
+        let lock = async || host.lock(path.to_str().unwrap()).await.unwrap();
+        let held = lock().await.unwrap();
+        assert!(lock().await.is_none() && path.exists());
+        held.end().await.unwrap();
+        assert!(!path.exists());
+        // As after SIGKILL: the pipe ends, and the child is nobody's.
+        drop(lock().await.unwrap().stdin);
+        let gone = async {
+            while path.exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(END_TIMEOUT, gone).await.unwrap();
+        assert!(lock().await.is_some());
+        let nowhere = host.lock("/nowhere/lock").await.unwrap_err();
+        assert_eq!(nowhere.code(), ErrorCode::Io);
     }
 
     #[tokio::test]

@@ -239,6 +239,9 @@ pub(super) fn facts(temporary: &str, libvirt: &str, root_agent: Option<&[u8]>) -
         p=/var/lib/libvirt/images; [ -d "$p" ] || p=/;
         r=$(df -Pk "$p" 2>/dev/null | {{ read -r h; read -r l; echo "$l"; }});
         set -- $r; fact free "${{4:-}} $p";
+        case $u in (0) p=/var/lib/kvm-clone ;; (*) p=${{XDG_STATE_HOME:-$HOME/.local/state}}/kvm-clone ;; esac;
+        fact unfinished "$(for d in runs clones paused; do ls "$p/$d" 2>/dev/null; done |
+            while read -r l; do case $l in (*.run|*.json) echo ;; esac; done | wc -l)";
         {sudo}
         fact end """#,
         libvirt = word(libvirt.as_bytes())?
@@ -369,6 +372,24 @@ pub(super) fn guard(begin: &str, undo: &str, forget: &str) -> String {
     ))
 }
 
+/// With which [`lock`] says that somebody else has it.
+pub(super) const HELD: i32 = 75;
+
+/// Locks the file `$0` until standard input ends. Whoever had it removes it, so that what was
+/// locked may not be what has the name by then.
+pub(super) fn lock() -> String {
+    one_line(&format!(
+        r#"trap "" HUP INT TERM PIPE;
+        exec 9>>"$0" || exit 70;
+        flock -n 9; k=$?;
+        case $k in (0) ;; (1) exit {HELD} ;; (*) exit $k ;; esac;
+        [ "$0" -ef /dev/fd/9 ] || exit {HELD};
+        echo; echo kvm-clone-done;
+        cat >/dev/null 9>&-;
+        rm -f -- "$0""#
+    ))
+}
+
 /// Writes standard input beside `path`, which only root may have a say in, and gives it back.
 ///
 /// # Errors
@@ -454,6 +475,8 @@ mod tests {
                 uploads_after: 1,
             })),
             facts(".agent.1", "qemu:///system", Some(b"/opt/agent")).unwrap(),
+            guard("suspend", "resume", "rm"),
+            lock(),
         ];
         for script in scripts {
             assert!(!script.contains(['\'', '\n', '\\', '!', '^']), "{script}");

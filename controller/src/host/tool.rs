@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorCode, Result};
 const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 
 /// With which a shell, and `env`, say that a program is not there.
-const NOT_FOUND: i32 = 127;
+pub(super) const NOT_FOUND: i32 = 127;
 
 impl Host {
     /// Runs a program with `words` as its name and arguments, through `sudo -n` with `--sudo`, in
@@ -63,10 +63,11 @@ impl Host {
     }
 
     /// The error for a program that is not installed.
-    fn lacks(&self, program: &str) -> Error {
+    pub(super) fn lacks(&self, program: &str) -> Error {
         let package = match program {
             "virsh" => "libvirt-clients (Debian) or libvirt-client (RHEL)",
             "qemu-img" => "qemu-utils (Debian) or qemu-img (RHEL)",
+            "flock" => "util-linux",
             other => other,
         };
         Error::new(

@@ -2,6 +2,7 @@
 //! images that one stands on.
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::Hypervisor;
 use crate::error::{Error, ErrorCode, Result};
@@ -71,22 +72,62 @@ impl Hypervisor {
             words.push("-U");
         }
         words.push(path);
-        let output = self.host().tool(&words, b"").await?;
-        if !output.status.success() {
-            return Err(self.explain_image(path, &output.stderr));
-        }
-        let infos: Vec<Info> = serde_json::from_slice(&output.stdout).map_err(|error| {
-            let message = format!(
-                "qemu-img on {} says of {path} what is not understood",
-                self.host()
-            );
-            Error::new(ErrorCode::Internal, message).caused_by(error)
-        })?;
+        let infos: Vec<Info> = self.info(path, &words).await?;
         let mut images = Vec::new();
         for info in infos {
             images.push(self.image(info).await?);
         }
         Ok(images)
+    }
+
+    /// The reference that an image holds to the one below it, word for word. Whether that is there
+    /// does not matter.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::images`].
+    pub async fn reference(&self, path: &str, format: &str) -> Result<Option<String>> {
+        let words = ["qemu-img", "info", "--output=json", "-f", format, path];
+        let info: Info = self.info(path, &words).await?;
+        Ok(info.backing_filename)
+    }
+
+    /// Writes another such reference into an image, whose contents stay as they are.
+    ///
+    /// # Errors
+    /// When `qemu-img` refuses it.
+    pub async fn set_reference(
+        &self,
+        [path, format]: [&str; 2],
+        [backing, backing_format]: [&str; 2],
+    ) -> Result<()> {
+        let words = [
+            "qemu-img",
+            "rebase",
+            "-u",
+            "-f",
+            format,
+            "-F",
+            backing_format,
+            "-b",
+            backing,
+            path,
+        ];
+        self.host().tool_output(&words, b"").await.map(drop)
+    }
+
+    /// What `qemu-img info` says.
+    async fn info<T: DeserializeOwned>(&self, path: &str, words: &[&str]) -> Result<T> {
+        let output = self.host().tool(words, b"").await?;
+        if !output.status.success() {
+            return Err(self.explain_image(path, &output.stderr));
+        }
+        serde_json::from_slice(&output.stdout).map_err(|error| {
+            let message = format!(
+                "qemu-img on {} says of {path} what is not understood",
+                self.host()
+            );
+            Error::new(ErrorCode::Internal, message).caused_by(error)
+        })
     }
 
     async fn image(&self, info: Info) -> Result<Image> {
@@ -178,6 +219,13 @@ mod tests {
             (base.as_str(), "raw")
         );
         assert_eq!(images[0].virtual_size_bytes, 1 << 20);
+        let reference = here().reference(&top, "qcow2").await.unwrap();
+        assert_eq!(reference.as_deref(), Some("base.raw"));
+        let elsewhere = ["/nowhere/base.raw", "raw"];
+        let set = here().set_reference([&top, "qcow2"], elsewhere).await;
+        set.unwrap();
+        let reference = here().reference(&top, "qcow2").await.unwrap();
+        assert_eq!(reference.as_deref(), Some("/nowhere/base.raw"));
         let as_raw = here().images(&top, None, false).await.unwrap();
         assert_eq!((as_raw.len(), as_raw[0].format.as_str()), (1, "raw"));
         let missing = here().images(&path("none"), None, false).await.unwrap_err();

@@ -10,6 +10,7 @@
 mod blocksync;
 mod choice;
 mod copy;
+pub mod recover;
 mod request;
 mod result;
 mod rsync;
@@ -105,6 +106,10 @@ impl<T> At<T> for Result<T> {
     }
 }
 
+/// What is done at the last moment before anything changes under the name of a disk; its failure
+/// keeps that from happening. A run that never comes so far never awaits it.
+pub type BeforeChange<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
 /// Work that goes on, and how it ends.
 type Working<'a> = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send + 'a>>;
 
@@ -121,6 +126,7 @@ trait Method: Send + Sync {
         context: &'a Context,
         jobs: &'a mut [Job<'_>],
         parallel: NonZeroUsize,
+        before: BeforeChange<'a>,
     ) -> Working<'a>;
 
     /// Ends in order what the transfer has opened; `failed` says why it broke off, if it did.
@@ -134,7 +140,9 @@ trait Method: Send + Sync {
 
 /// Does what the request asks. A failure is part of the result.
 pub async fn run(context: &Context, request: &Request) -> TransferResult {
-    let mut results = run_all(context, std::slice::from_ref(request), NonZeroUsize::MIN).await;
+    let nothing = Box::pin(async { Ok(()) });
+    let one = std::slice::from_ref(request);
+    let mut results = run_all(context, one, NonZeroUsize::MIN, nothing).await;
     results.remove(0)
 }
 
@@ -144,6 +152,7 @@ pub async fn run_all(
     context: &Context,
     requests: &[Request],
     parallel: NonZeroUsize,
+    before: BeforeChange<'_>,
 ) -> Vec<TransferResult> {
     let started = Instant::now();
     let mut jobs: Vec<Job<'_>> = requests
@@ -153,7 +162,7 @@ pub async fn run_all(
             result: TransferResult::new(request),
         })
         .collect();
-    let stopped = supervised(context, &mut jobs, parallel).await.err();
+    let stopped = supervised(context, &mut jobs, parallel, before).await.err();
     let mut results: Vec<_> = jobs.into_iter().map(|job| job.result).collect();
     if let Some(Stopped { at, error }) = stopped {
         for result in results.iter_mut().filter(|result| result.error.is_none()) {
@@ -164,6 +173,9 @@ pub async fn run_all(
     }
     for result in &mut results {
         result.success = result.error.is_none();
+        if !result.success {
+            result.verified = Verification::None.name();
+        }
         result.duration_seconds = started.elapsed().as_secs_f64();
     }
     results
@@ -174,6 +186,7 @@ async fn supervised(
     context: &Context,
     jobs: &mut [Job<'_>],
     parallel: NonZeroUsize,
+    before: BeforeChange<'_>,
 ) -> Result<(), Stopped> {
     let Some(first) = jobs.first().map(|job| job.request) else {
         return Ok(());
@@ -193,7 +206,7 @@ async fn supervised(
             job.result.method = method.name();
             job.result.method_reason.clone_from(&chosen.reason);
         }
-        method.transfer(context, jobs, parallel).await
+        method.transfer(context, jobs, parallel, before).await
     };
     let again = "the same command takes the run up again";
     let done = tokio::select! {

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use super::copy::{self, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::TransferResult;
-use super::{At as _, Context, Job, Method, Working};
+use super::{At as _, BeforeChange, Context, Job, Method, Working};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Errand, FileKind, Host};
 use crate::progress::Progress;
@@ -41,8 +41,10 @@ impl Method for Rsync {
         context: &'a Context,
         jobs: &'a mut [Job<'_>],
         _parallel: NonZeroUsize,
+        before: BeforeChange<'a>,
     ) -> Working<'a> {
         Box::pin(async move {
+            before.await?;
             for (at, job) in jobs.iter_mut().enumerate() {
                 transfer(context, job.request, &mut job.result)
                     .await

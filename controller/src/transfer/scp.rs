@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::copy::{self, BLOCKSYNC_CAN, Ground, Holes, cannot};
 use super::request::{Request, RouteChoice};
 use super::result::{Route, TransferResult};
-use super::{At as _, Context, Job, Method, Working};
+use super::{At as _, BeforeChange, Context, Job, Method, Working};
 use crate::endpoint::{HostSpec, SshTarget};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Errand, FileKind, Host, SshOptions};
@@ -38,8 +38,10 @@ impl Method for Scp {
         context: &'a Context,
         jobs: &'a mut [Job<'_>],
         _parallel: NonZeroUsize,
+        before: BeforeChange<'a>,
     ) -> Working<'a> {
         Box::pin(async move {
+            before.await?;
             for (at, job) in jobs.iter_mut().enumerate() {
                 transfer(context, job.request, &mut job.result)
                     .await

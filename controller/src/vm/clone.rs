@@ -14,9 +14,10 @@ use super::live::{self, LiveChoice, Suspension};
 use super::naming;
 use super::network::NetworkConfig;
 use super::obstacle::{Obstacles, to_error};
-use super::plan::{Overlay, Plan, Planner};
+use super::plan::{Plan, Planner};
 use super::record::Replaced;
 use super::result::VmResult;
+use super::state::{self, Kind};
 use super::survey::Survey;
 use super::transfers::{Move, Moves};
 use crate::endpoint::HostSpec;
@@ -106,6 +107,15 @@ async fn clone(
     if request.dry_run {
         return Ok(());
     }
+    let lock = state::lock(&to, Kind::Clones, &plan.name).await?;
+    let _lock = lock.ok_or_else(|| {
+        let message = format!(
+            "another clone to {} on {} is under way",
+            plan.name,
+            to.host()
+        );
+        Error::new(ErrorCode::Busy, message)
+    })?;
     let making = Making {
         context,
         request,
@@ -213,8 +223,8 @@ impl Making<'_> {
             None => Ok(()),
         };
         copied.and(resumed)?;
-        for overlay in &self.plan.overlays {
-            self.connect(overlay).await?;
+        for overlay in self.plan.overlays.iter().filter(|each| !each.is_right) {
+            overlay.reference.write(self.to).await?;
         }
         if self.request.flatten {
             self.flatten().await?;
@@ -251,7 +261,8 @@ impl Making<'_> {
                 own_reference: false,
             })
             .collect();
-        let (disks, done) = moves.run(self.context, &files).await;
+        let nothing = Box::pin(async { Ok(()) });
+        let (disks, done) = moves.run(self.context, &files, nothing).await;
         result.take_disks(disks);
         done?;
         for file in self.plan.files.iter().filter(|file| file.public) {
@@ -285,33 +296,6 @@ impl Making<'_> {
         self.to.host().write_file(to, &contents).await
     }
 
-    /// Tells an image where the one below it is.
-    async fn connect(&self, overlay: &Overlay) -> Result<()> {
-        if overlay.is_right {
-            return Ok(());
-        }
-        let Overlay {
-            path,
-            format,
-            backing,
-            backing_format,
-            ..
-        } = overlay;
-        let words = [
-            "qemu-img",
-            "rebase",
-            "-u",
-            "-f",
-            format,
-            "-F",
-            backing_format,
-            "-b",
-            backing,
-            path,
-        ];
-        self.to.host().tool_output(&words, b"").await.map(drop)
-    }
-
     /// Takes everything from below into the images on top, and removes what is below.
     async fn flatten(&self) -> Result<()> {
         let below: Vec<String> = self
@@ -324,16 +308,16 @@ impl Making<'_> {
             .plan
             .overlays
             .iter()
-            .filter(|overlay| !below.contains(&overlay.path))
+            .filter(|overlay| !below.contains(&overlay.reference.path))
         {
             let words = [
                 "qemu-img",
                 "rebase",
                 "-f",
-                &overlay.format,
+                &overlay.reference.format,
                 "-b",
                 "",
-                &overlay.path,
+                &overlay.reference.path,
             ];
             self.to.host().tool_output(&words, b"").await?;
         }
@@ -352,7 +336,7 @@ impl Making<'_> {
             (Ok(_), _) => Ok(()),
             (Err(error), None) => Err(error),
             (Err(error), Some(replaced)) => {
-                self.restore(replaced).await?;
+                replaced.restore(self.to).await?;
                 Err(error)
             }
         }
@@ -377,18 +361,6 @@ impl Making<'_> {
             .map(drop)
     }
 
-    async fn restore(&self, replaced: &Replaced) -> Result<()> {
-        self.to
-            .virsh_with(&["define", "/dev/stdin"], replaced.definition.as_bytes())
-            .await?;
-        if replaced.autostart {
-            self.to
-                .virsh(&["autostart", &replaced.uuid.to_string()])
-                .await?;
-        }
-        Ok(())
-    }
-
     /// What comes after the clone is a VM.
     async fn finish(&self, result: &mut VmResult) -> Result<()> {
         let uuid = self.plan.uuid;
@@ -399,7 +371,7 @@ impl Making<'_> {
             .iter()
             .map(|file| file.destination.clone())
             .collect();
-        Lineage::begun(self.survey)
+        Lineage::begun(self.survey, Vec::new())
             .end(self.to, uuid, &paths)
             .await?;
         if let Some(replaced) = &self.plan.record.replaced {
@@ -436,10 +408,7 @@ impl Making<'_> {
                 "what was copied is kept on {host}: the same command takes it up again"
             ));
         }
-        let removed = match host.remove(&self.plan.record.leftovers()).await {
-            Ok(()) => self.plan.record.forget(self.to).await,
-            Err(failed) => Err(failed),
-        };
+        let removed = self.plan.record.roll_back(self.to).await;
         match removed {
             Ok(()) => error,
             Err(failed) => error.with_note(format!(

@@ -3,14 +3,18 @@
 
 use std::collections::BTreeMap;
 
+use kvm_clone_protocol::message::{Fate, Recovery};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::obstacle::Obstacles;
+use super::reference::Reference;
 use super::state::{self, Kind};
 use super::survey::Survey;
-use crate::error::Result;
+use crate::error::{ErrorCode, Result};
 use crate::host::FileFacts;
+use crate::libvirt::Hypervisor;
+use crate::transfer::recover::recover;
 
 /// The version of the file's format. A reader refuses fields that it does not know, so that a
 /// file of a newer one is never half understood.
@@ -26,10 +30,14 @@ pub(super) struct Lineage {
     source_uuid: Uuid,
     /// When the last run ended, or the unfinished one began: seconds since 1970.
     at: u64,
-    /// A run began and has not ended: the disks may be torn.
+    /// A run began to change the disks, and has not ended: they may be anything. One that only
+    /// gathers what it will change is not remembered.
     unfinished: bool,
     /// What the files of the disks were when the last run had ended.
     files: BTreeMap<String, Written>,
+    /// What images must hold again after the unfinished run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    references: Vec<Reference>,
 }
 
 /// A file as it was left.
@@ -52,8 +60,8 @@ impl Written {
 }
 
 impl Lineage {
-    /// A run from `source` begins.
-    pub(super) fn begun(source: &Survey) -> Self {
+    /// A run from `source` is about to change disks, and these references among them.
+    pub(super) fn begun(source: &Survey, references: Vec<Reference>) -> Self {
         Self {
             format: FORMAT,
             source_host: source.on.host().to_string(),
@@ -62,21 +70,34 @@ impl Lineage {
             at: now(),
             unfinished: true,
             files: BTreeMap::new(),
+            references,
         }
     }
 
     /// Remembers it for the VM `uuid` on the destination.
-    pub(super) async fn write(&self, on: &crate::libvirt::Hypervisor, uuid: Uuid) -> Result<()> {
+    pub(super) async fn write(&self, on: &Hypervisor, uuid: Uuid) -> Result<()> {
         state::write(on, Kind::Lineage, &uuid.to_string(), self).await
     }
 
+    /// Gives the images what the run has taken from them: each that needed it.
+    ///
+    /// # Errors
+    /// When an image cannot be read or written.
+    pub(super) async fn restore_references(&self, on: &Hypervisor) -> Result<Vec<&str>> {
+        let mut restored = Vec::new();
+        for reference in &self.references {
+            if reference.is_lost(on).await? {
+                reference.write(on).await?;
+                restored.push(reference.path.as_str());
+            }
+        }
+        Ok(restored)
+    }
+
     /// The run has ended well, and left the files of `paths` as they are now.
-    pub(super) async fn end(
-        mut self,
-        on: &crate::libvirt::Hypervisor,
-        uuid: Uuid,
-        paths: &[String],
-    ) -> Result<()> {
+    pub(super) async fn end(mut self, on: &Hypervisor, uuid: Uuid, paths: &[String]) -> Result<()> {
+        self.restore_references(on).await?;
+        self.references.clear();
         for path in paths {
             if let Some(facts) = on.host().file_facts(path).await? {
                 self.files.insert(path.clone(), Written::of(&facts));
@@ -102,7 +123,7 @@ impl Lineage {
             obstacles.refused(message, hint);
             return;
         }
-        // Whatever an unfinished run left is torn, and this run mends it.
+        // Whatever an unfinished run left, old, new or torn, this run mends it.
         if self.unfinished {
             return;
         }
@@ -120,6 +141,44 @@ impl Lineage {
             obstacles.refused(message, hint);
         }
     }
+}
+
+/// What is remembered of the VM `uuid`, if a run has begun to change its disks and not ended.
+///
+/// # Errors
+/// When the host cannot be asked.
+pub(super) async fn unfinished(on: &Hypervisor, uuid: &str) -> Result<Option<Lineage>> {
+    let remembered: Option<Lineage> = state::read(on, Kind::Lineage, uuid).await?;
+    Ok(remembered.filter(|lineage| lineage.unfinished))
+}
+
+/// Ends what such a run has left half done, so that the images of the VM can be looked at: what
+/// was committed is finished, and what stands on another image finds that again. Gives back what
+/// the user ought to know.
+///
+/// # Errors
+/// When the host cannot be asked, or an image cannot be read or written.
+pub(super) async fn settle(on: &Hypervisor, uuid: &str) -> Result<Vec<String>> {
+    let Some(lineage) = unfinished(on, uuid).await? else {
+        return Ok(Vec::new());
+    };
+    let left = match recover(on.host(), Recovery::Finish).await {
+        // Who has never run an agent has left nothing of one.
+        Err(error) if error.code() == ErrorCode::MissingRequirement => Vec::new(),
+        left => left?,
+    };
+    let finished = left.iter().filter(|each| each.fate == Fate::Finished);
+    let mut told: Vec<String> = finished
+        .map(|each| {
+            let path = &each.path;
+            format!("an earlier run onto {path} was committed and had not finished: it has now")
+        })
+        .collect();
+    let restored = lineage.restore_references(on).await?;
+    told.extend(restored.iter().map(|path| {
+        format!("{path} held its source's reference since an earlier run: it has its own again")
+    }));
+    Ok(told)
 }
 
 /// Finds out whether the disks of `target` may be overwritten with those of `source`.

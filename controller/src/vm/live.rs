@@ -45,9 +45,9 @@ impl FromStr for LiveChoice {
 /// What the source's host remembers of a VM that was suspended, until it runs again.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Paused {
+pub(super) struct Paused {
     format: u32,
-    vm: String,
+    pub(super) vm: String,
 }
 
 impl LiveChoice {
@@ -84,6 +84,8 @@ impl LiveChoice {
 #[derive(Debug)]
 pub(super) struct Suspension {
     guard: Guard,
+    /// Keeps others from taking it for one that was left behind.
+    _lock: Guard,
     vm: String,
 }
 
@@ -97,10 +99,13 @@ impl Suspension {
             return Ok(None);
         }
         let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
+        let vm = source.name().to_owned();
         let paused = Paused {
             format: 1,
-            vm: source.name().to_owned(),
+            vm: vm.clone(),
         };
+        let lock = state::lock(on, Kind::Paused, &uuid).await?;
+        let lock = lock.ok_or_else(|| suspended(on, &vm))?;
         state::write(on, Kind::Paused, &uuid, &paused).await?;
         let note = Kind::Paused.path(&uuid);
         let (suspend, resume) = (on.words(&["suspend", &uuid]), on.words(&["resume", &uuid]));
@@ -120,7 +125,8 @@ impl Suspension {
         })?;
         Ok(Some(Self {
             guard,
-            vm: source.name().to_owned(),
+            _lock: lock,
+            vm,
         }))
     }
 
@@ -137,11 +143,18 @@ impl Suspension {
     }
 }
 
+/// The error for a VM that another run has suspended, and will resume.
+fn suspended(on: &Hypervisor, vm: &str) -> Error {
+    let message = format!("another run has suspended {vm} on {}", on.host());
+    Error::new(ErrorCode::Busy, message).hint("wait until it has ended")
+}
+
 /// Looks for what a run that broke off left: a VM that it had suspended. Such a VM is resumed, and
 /// the user is told.
 ///
 /// # Errors
-/// When the host cannot be asked, or the VM does not run again.
+/// Busy, when that run has not broken off; when the host cannot be asked, or the VM does not run
+/// again.
 pub(super) async fn mend(
     on: &Hypervisor,
     survey: &mut Survey,
@@ -151,18 +164,29 @@ pub(super) async fn mend(
     let Some(paused) = state::read::<Paused>(on, Kind::Paused, &uuid).await? else {
         return Ok(());
     };
+    let Some(lock) = state::lock(on, Kind::Paused, &uuid).await? else {
+        return Err(suspended(on, &paused.vm));
+    };
     let vm = &paused.vm;
-    if survey.domain.state == DomainState::Paused {
-        on.virsh(&["resume", &uuid]).await?;
-        survey.domain.state = on.state(&uuid).await?;
-        warnings.push(format!(
-            "an earlier run broke off and left {vm} suspended; it was resumed now"
-        ));
+    survey.domain.state = resume(on, &uuid, survey.domain.state).await?;
+    warnings.push(format!(
+        "an earlier run broke off while it had {vm} suspended; it is {} now",
+        survey.domain.state
+    ));
+    lock.end().await
+}
+
+/// Resumes a VM that a run which broke off may have left suspended. Gives back what it does now.
+///
+/// # Errors
+/// When the host cannot be asked, or the VM does not run again.
+pub(super) async fn resume(on: &Hypervisor, uuid: &str, state: DomainState) -> Result<DomainState> {
+    let state = if state == DomainState::Paused {
+        on.virsh(&["resume", uuid]).await?;
+        on.state(uuid).await?
     } else {
-        warnings.push(format!(
-            "an earlier run broke off while it had {vm} suspended; it is {} now",
-            survey.domain.state
-        ));
-    }
-    state::forget(on, Kind::Paused, &uuid).await
+        state
+    };
+    state::forget(on, Kind::Paused, uuid).await?;
+    Ok(state)
 }

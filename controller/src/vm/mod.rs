@@ -5,6 +5,7 @@
 //! ```text
 //!  clone   survey both hosts ─ obstacles? ─ plan ─ record ─ transfers ─ define ─ forget the record
 //!  sync    survey both hosts ─ obstacles? ─ checkpoint ─ transfers ─ lineage
+//!                                                         └ lineage: unfinished, ahead of the commit
 //!  verify  survey both hosts ─ compare disks and definitions
 //! ```
 
@@ -19,6 +20,8 @@ mod obstacle;
 mod pairs;
 mod plan;
 mod record;
+pub mod recover;
+mod reference;
 pub mod result;
 mod space;
 mod state;

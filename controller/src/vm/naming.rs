@@ -48,6 +48,11 @@ pub(super) fn partial(name: &str) -> String {
     format!(".{name}{PARTIAL_SUFFIX}")
 }
 
+/// The name that a file has while changes that were committed are put into it.
+pub(super) fn applying(name: &str) -> String {
+    format!(".{name}.kc-applying")
+}
+
 /// Directory and name of an absolute path.
 pub(super) fn split(path: &str) -> (&str, &str) {
     match path.rsplit_once('/') {

@@ -11,6 +11,7 @@ use super::clone::CloneRequest;
 use super::network::name_of;
 use super::obstacle::Obstacles;
 use super::record::{CloneRecord, Replaced};
+use super::reference::Reference;
 use super::survey::{Survey, SurveyedDisk, holds_data, source_path};
 use super::{naming, space};
 use crate::error::{Error, ErrorCode, Result};
@@ -67,11 +68,8 @@ pub struct Carried {
 /// An image and what it stands on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Overlay {
-    pub(super) path: String,
-    pub(super) format: String,
-    /// The reference that it gets, as it is written into it.
-    pub(super) backing: String,
-    pub(super) backing_format: String,
+    /// What it is told.
+    pub(super) reference: Reference,
     /// The path that the reference means.
     pub(super) below: String,
     /// It already holds the reference.
@@ -444,11 +442,13 @@ impl<'a> Planner<'a> {
                 name.to_owned()
             };
             self.overlays.push(Overlay {
-                path: path.clone(),
-                format: image.format.clone(),
                 is_right: backing == had,
-                backing,
-                backing_format: disk.images[at].format.clone(),
+                reference: Reference {
+                    path: path.clone(),
+                    format: image.format.clone(),
+                    backing,
+                    backing_format: disk.images[at].format.clone(),
+                },
                 below: below.clone(),
             });
         }

@@ -59,6 +59,21 @@ impl CloneRecord {
         state::forget(on, Kind::Clones, &self.name).await
     }
 
+    /// Removes everything that was made for the clone, and gives the VM that it was to replace its
+    /// place again.
+    ///
+    /// # Errors
+    /// When something cannot be removed or restored; then it is remembered as before.
+    pub(super) async fn roll_back(&self, on: &Hypervisor) -> Result<()> {
+        if let Some(replaced) = &self.replaced
+            && on.find_domain(&replaced.uuid.to_string()).await?.is_none()
+        {
+            replaced.restore(on).await?;
+        }
+        on.host().remove(&self.leftovers()).await?;
+        self.forget(on).await
+    }
+
     /// Everything that the clone may have made, complete or not.
     pub(super) fn leftovers(&self) -> Vec<String> {
         let mut paths = self.made.clone();
@@ -68,5 +83,20 @@ impl CloneRecord {
             paths.push(path.clone());
         }
         paths
+    }
+}
+
+impl Replaced {
+    /// Defines it as it was.
+    ///
+    /// # Errors
+    /// When libvirt refuses that.
+    pub(super) async fn restore(&self, on: &Hypervisor) -> Result<()> {
+        on.virsh_with(&["define", "/dev/stdin"], self.definition.as_bytes())
+            .await?;
+        if self.autostart {
+            on.virsh(&["autostart", &self.uuid.to_string()]).await?;
+        }
+        Ok(())
     }
 }

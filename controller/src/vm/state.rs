@@ -6,10 +6,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, ErrorCode, Result};
+use crate::host::Guard;
 use crate::libvirt::Hypervisor;
 
 /// Below it is everything; root owns it.
 const ROOT: &str = "/var/lib/kvm-clone";
+
+/// Ends the name of what is remembered.
+const SUFFIX: &str = ".json";
 
 /// The kinds of things to be remembered, each a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +38,33 @@ impl Kind {
 
     /// The file for `name`, which may hold anything a VM's name may.
     pub(super) fn path(self, name: &str) -> String {
-        format!("{}/{}", self.directory(), file_name(name))
+        format!("{}/{}{SUFFIX}", self.directory(), file_name(name))
     }
+}
+
+/// The names under which something is remembered. What another user keeps is not ours to see.
+///
+/// # Errors
+/// When the host cannot be reached.
+pub(super) async fn names(on: &Hypervisor, kind: Kind) -> Result<Vec<String>> {
+    let files = match on.host().names_in(&kind.directory()).await {
+        Ok(files) => files.unwrap_or_default(),
+        Err(error) if error.one_line().contains("Permission denied") => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let named = files.iter().filter_map(|file| file.strip_suffix(SUFFIX));
+    Ok(named.filter_map(name_of).collect())
+}
+
+/// Keeps other runs away from what is remembered under a name, until what is given back ends or
+/// this program is gone. `None` when another run does so.
+///
+/// # Errors
+/// When the host cannot be reached, or nothing can be locked there.
+pub(super) async fn lock(on: &Hypervisor, kind: Kind, name: &str) -> Result<Option<Guard>> {
+    make_room(on, kind).await?;
+    let path = format!("{}/{}.lock", kind.directory(), file_name(name));
+    on.host().lock(&path).await
 }
 
 /// What is remembered under a name; `None` when nothing is.
@@ -104,7 +133,23 @@ fn file_name(name: &str) -> String {
             file.push_str(&format!("%{byte:02x}"));
         }
     }
-    file + ".json"
+    file
+}
+
+/// The text that a file name stands for.
+fn name_of(file: &str) -> Option<String> {
+    let mut name = Vec::new();
+    let mut rest = file;
+    while let Some(first) = rest.chars().next() {
+        let len = if first == '%' { 3 } else { first.len_utf8() };
+        let (part, after) = rest.split_at_checked(len)?;
+        match part.strip_prefix('%') {
+            Some(digits) => name.push(u8::from_str_radix(digits, 16).ok()?),
+            None => name.extend_from_slice(part.as_bytes()),
+        }
+        rest = after;
+    }
+    String::from_utf8(name).ok()
 }
 
 #[cfg(test)]
@@ -113,9 +158,16 @@ mod tests {
 
     #[test]
     fn any_name_is_a_file_of_its_own() {
-        assert_eq!(file_name("web-1_a"), "web-1_a.json");
-        assert_eq!(file_name("../a b"), "%2e%2e%2fa%20b.json");
-        assert_eq!(file_name("%2e"), "%252e.json");
+        for (name, file) in [
+            ("web-1_a", "web-1_a"),
+            ("../a b", "%2e%2e%2fa%20b"),
+            ("%2e", "%252e"),
+            ("Zürich", "Z%c3%bcrich"),
+        ] {
+            assert_eq!(file_name(name), file);
+            assert_eq!(name_of(file).as_deref(), Some(name));
+        }
+        assert_eq!((name_of("%2"), name_of("%zz")), (None, None));
         assert_eq!(Kind::Lineage.path("x"), "/var/lib/kvm-clone/lineage/x.json");
     }
 }

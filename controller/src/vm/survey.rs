@@ -6,6 +6,7 @@ use crate::host::FileKind;
 use crate::libvirt::definition::{Disk, DiskDevice, DiskSource};
 use crate::libvirt::{Domain, Hypervisor, Image};
 
+use super::naming;
 use super::obstacle::Obstacles;
 
 /// A VM and all that belongs to it.
@@ -45,6 +46,19 @@ impl Survey {
         obstacles: &mut Obstacles,
     ) -> Result<Self> {
         let domain = on.domain(vm).await?;
+        Self::of_domain(on, domain, excluded, obstacles).await
+    }
+
+    /// The same for a domain that was found.
+    ///
+    /// # Errors
+    /// Whatever keeps the host from answering.
+    pub(super) async fn of_domain(
+        on: &Hypervisor,
+        domain: Domain,
+        excluded: &[String],
+        obstacles: &mut Obstacles,
+    ) -> Result<Self> {
         let in_use = !domain.state.is_off();
         let mut disks = Vec::new();
         for (index, disk) in domain.definition.disks().iter().enumerate() {
@@ -52,7 +66,13 @@ impl Survey {
                 continue;
             }
             let images = match source_path(on, disk).await {
-                Ok(Some(path)) => on.images(&path, disk.format.as_deref(), in_use).await,
+                Ok(Some(path)) => {
+                    let images = on.images(&path, disk.format.as_deref(), in_use).await;
+                    match images {
+                        Err(error) => Err(explained(on, &path, error).await),
+                        images => images,
+                    }
+                }
                 Ok(None) => continue,
                 Err(error) => Err(error),
             };
@@ -104,6 +124,21 @@ pub(super) async fn source_path(on: &Hypervisor, disk: &Disk) -> Result<Option<S
             Ok(Some(path.trim().to_owned()))
         }
         DiskSource::None | DiskSource::Other(_) => Ok(None),
+    }
+}
+
+/// Why a disk cannot be looked at, where that is a run which has not finished.
+async fn explained(on: &Hypervisor, path: &str, error: Error) -> Error {
+    let (directory, name) = naming::split(path);
+    let applying = naming::join(directory, &naming::applying(name));
+    match on.host().file_facts(&applying).await {
+        Ok(Some(_)) => {
+            let host = on.host();
+            let message = format!("{path} on {host} is half changed by a run that broke off");
+            Error::new(ErrorCode::Refused, message)
+                .hint(format!("\"kvm-clone-ctl recover {host}\" ends that"))
+        }
+        _ => error,
     }
 }
 

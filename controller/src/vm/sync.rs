@@ -8,13 +8,16 @@ use super::lineage::{self, Lineage};
 use super::live::{self, LiveChoice, Suspension};
 use super::obstacle::{Obstacles, to_error};
 use super::pairs;
+use super::reference::Reference;
 use super::result::VmResult;
+use super::state::{self, Kind};
 use super::survey::Survey;
 use super::transfers::{Move, Moves};
 use crate::endpoint::HostSpec;
-use crate::error::Result;
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::Guard;
 use crate::libvirt::Hypervisor;
-use crate::transfer::{Context, MethodChoice, Operation, Options};
+use crate::transfer::{BeforeChange, Context, MethodChoice, Operation, Options};
 
 /// What is brought up to date, and how.
 #[derive(Debug, Clone)]
@@ -49,6 +52,8 @@ struct Fit {
     target: Survey,
     moves: Vec<Move>,
     checkpoint: Checkpoint,
+    /// Keeps other runs away from the one that is overwritten; a dry run overwrites none.
+    _lock: Option<Guard>,
 }
 
 /// Syncs a VM. A failure is part of the result.
@@ -77,12 +82,10 @@ async fn sync(
     tokio::try_join!(from.host().share(), to.host().share())?;
     let fit = prepare(&from, &to, request, result).await?;
     let uuid = fit.target.domain.definition.uuid();
-    let lineage = Lineage::begun(&fit.source);
-    if !request.dry_run {
-        if request.checkpoint.is_some() {
-            result.checkpoints = fit.checkpoint.take(&fit.target).await?;
-        }
-        lineage.write(&to, uuid).await?;
+    let references = Reference::replaced(&fit.source, &fit.target);
+    let lineage = Lineage::begun(&fit.source, references);
+    if request.checkpoint.is_some() && !request.dry_run {
+        result.checkpoints = fit.checkpoint.take(&fit.target).await?;
     }
     let live = if request.dry_run {
         LiveChoice::Torn
@@ -90,7 +93,8 @@ async fn sync(
         request.live
     };
     let suspension = Suspension::begin(&fit.source, live).await?;
-    let copied = copy(context, request, &fit, result).await;
+    let before = Box::pin(lineage.write(&to, uuid));
+    let copied = copy(context, request, &fit, before, result).await;
     let resumed = match suspension {
         Some(suspension) => suspension.end().await,
         None => Ok(()),
@@ -99,7 +103,6 @@ async fn sync(
     if request.dry_run {
         return Ok(());
     }
-    restore_references(&to, &fit).await?;
     let paths: Vec<String> = fit
         .moves
         .iter()
@@ -124,7 +127,16 @@ async fn prepare(
     let target_name = request.target_name.as_deref();
     let target_name = target_name.unwrap_or_else(|| source.name());
     result.target_vm = target_name.to_owned();
-    let target = Survey::of(to, target_name, &[], &mut obstacles).await?;
+    let there = to.domain(target_name).await?;
+    let lock = if request.dry_run {
+        None
+    } else {
+        let uuid = there.definition.uuid().to_string();
+        let lock = lock(to, &uuid, target_name).await?;
+        result.warnings.extend(lineage::settle(to, &uuid).await?);
+        Some(lock)
+    };
+    let target = Survey::of_domain(to, there, &[], &mut obstacles).await?;
     let target = without(target, excluded);
     request.live.check(&source, &mut obstacles);
     let (host, state) = (to.host(), target.domain.state);
@@ -155,6 +167,16 @@ async fn prepare(
         target,
         moves,
         checkpoint,
+        _lock: lock,
+    })
+}
+
+/// Keeps other runs away from a VM.
+async fn lock(on: &Hypervisor, uuid: &str, name: &str) -> Result<Guard> {
+    let lock = state::lock(on, Kind::Lineage, uuid).await?;
+    lock.ok_or_else(|| {
+        let message = format!("another run is at {name} on {}", on.host());
+        Error::new(ErrorCode::Busy, message)
     })
 }
 
@@ -169,6 +191,7 @@ async fn copy(
     context: &Context,
     request: &SyncRequest,
     fit: &Fit,
+    before: BeforeChange<'_>,
     result: &mut VmResult,
 ) -> Result<()> {
     let mut options = request.options.clone();
@@ -185,44 +208,9 @@ async fn copy(
         dry_run: request.dry_run,
         parallel: request.parallel,
     };
-    let (disks, done) = moves.run(context, &fit.moves).await;
+    let (disks, done) = moves.run(context, &fit.moves, before).await;
     result.take_disks(disks);
     done
-}
-
-/// An image that stands on another holds the path of that, and now that of the source's: it gets
-/// its own back.
-async fn restore_references(to: &Hypervisor, fit: &Fit) -> Result<()> {
-    for disk in &fit.target.disks {
-        let ours = fit
-            .source
-            .disks
-            .iter()
-            .find(|ours| ours.target == disk.target);
-        for (at, image) in disk.images.iter().enumerate() {
-            let had = ours.and_then(|ours| ours.images[at].backing.as_ref());
-            let (Some(backing), Some(below)) = (&image.backing, disk.images.get(at + 1)) else {
-                continue;
-            };
-            if had == Some(backing) {
-                continue;
-            }
-            let words = [
-                "qemu-img",
-                "rebase",
-                "-u",
-                "-f",
-                &image.format,
-                "-F",
-                &below.format,
-                "-b",
-                backing,
-                &image.path,
-            ];
-            to.host().tool_output(&words, b"").await?;
-        }
-    }
-    Ok(())
 }
 
 /// The present time as a part of a file name whose order is that of time.

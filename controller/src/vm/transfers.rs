@@ -10,7 +10,9 @@ use tokio::task::JoinSet;
 use super::result::DiskResult;
 use crate::endpoint::{DiskSpec, HostSpec};
 use crate::error::{Error, ErrorCode, Result};
-use crate::transfer::{self, Context, MethodChoice, Operation, Options, Request, TransferResult};
+use crate::transfer::{
+    self, BeforeChange, Context, MethodChoice, Operation, Options, Request, TransferResult,
+};
 
 /// One file to be transferred or compared.
 #[derive(Debug, Clone)]
@@ -43,14 +45,18 @@ impl Moves {
         &self,
         context: &Context,
         moves: &[Move],
+        before: BeforeChange<'_>,
     ) -> (Vec<DiskResult>, Result<()>) {
         let requests: Vec<Request> = moves
             .iter()
             .map(|each| self.request(each, moves.len()))
             .collect();
         let results = if self.counts_together() {
-            transfer::run_all(context, &requests, self.parallel).await
+            transfer::run_all(context, &requests, self.parallel, before).await
         } else {
+            if let Err(error) = before.await {
+                return (Vec::new(), Err(error));
+            }
             self.run_each(context, requests).await
         };
         let targets = moves.iter().map(|each| each.target.clone());

@@ -127,7 +127,8 @@ async fn compare(
         dry_run: false,
         parallel: request.parallel,
     };
-    let (mut disks, mut done) = moves.run(context, files).await;
+    let nothing = Box::pin(async { Ok(()) });
+    let (mut disks, mut done) = moves.run(context, files, nothing).await;
     let mut forgiven = Vec::new();
     for (disk, file) in disks.iter_mut().zip(files) {
         if file.own_reference && differs_in_header_only(&disk.transfer) {

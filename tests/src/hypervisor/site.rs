@@ -338,6 +338,12 @@ impl Hypervisor {
         self.directory.join("images").join(name)
     }
 
+    /// A file of its /var/tmp, as the test sees it.
+    #[must_use]
+    pub fn var_tmp(&self, name: &str) -> PathBuf {
+        self.directory.join("var-tmp").join(name)
+    }
+
     /// A file below its /var/lib/libvirt or /var/lib/kvm-clone, as the test sees it.
     #[must_use]
     pub fn library(&self, path: &str) -> PathBuf {
@@ -374,14 +380,23 @@ impl Hypervisor {
         names
     }
 
+    /// The agents that run on it, as /proc directories.
+    ///
+    /// # Panics
+    /// When the host does not run.
+    #[must_use]
+    pub fn agents(&self) -> Vec<PathBuf> {
+        let link = fs::read_link(format!("/proc/{}/ns/mnt", self.init)).expect("the host runs");
+        agents_in(link.as_os_str())
+    }
+
     /// Claims that nothing of ours is left on it: no agent, no record of a clone, no partial file.
     ///
     /// # Panics
     /// When something is.
     pub fn assert_tidy(&self) {
-        let link = fs::read_link(format!("/proc/{}/ns/mnt", self.init)).expect("the host runs");
         wait_for(&format!("{} without agents", self.name), PATIENCE, || {
-            agents_in(link.as_os_str()).is_empty().then_some(())
+            self.agents().is_empty().then_some(())
         });
         let left = self.run(&["sh", "-c", "ls -A /var/lib/kvm-clone/clones /var/lib/kvm-clone/paused 2>/dev/null | grep json; \
                                find /var/lib/libvirt -name '*.kc-*' ! -name '*.kc-checkpoint-*'; true"]);

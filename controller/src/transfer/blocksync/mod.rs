@@ -14,13 +14,15 @@ use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
-use kvm_clone_protocol::message::{Access, Commit, Control, DiskKind, Open, Opened, Prepare};
+use kvm_clone_protocol::message::{
+    Access, ApplyChoice, Commit, Control, DiskKind, Open, Opened, Prepare,
+};
 use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 
 use super::copy::torn;
 use super::request::{LiveRead, Operation, Request, Verification};
 use super::result::TransferResult;
-use super::{At as _, Context, Job, Method, Stopped, Working};
+use super::{At as _, BeforeChange, Context, Job, Method, Stopped, Working};
 use crate::error::{Error, ErrorCode, Result};
 use pair::{Pair, Side, unexpected};
 use sessions::Sessions;
@@ -44,8 +46,9 @@ impl Method for Blocksync {
         context: &'a Context,
         jobs: &'a mut [Job<'_>],
         parallel: NonZeroUsize,
+        before: BeforeChange<'a>,
     ) -> Working<'a> {
-        Box::pin(transfer(context, jobs, parallel, &mut self.pair))
+        Box::pin(transfer(context, jobs, parallel, before, &mut self.pair))
     }
 
     fn end<'a>(
@@ -66,6 +69,7 @@ async fn transfer(
     context: &Context,
     jobs: &mut [Job<'_>],
     parallel: NonZeroUsize,
+    before: BeforeChange<'_>,
     connected: &mut Option<Pair>,
 ) -> Result<(), Stopped> {
     let Some(request) = jobs.first().map(|job| job.request) else {
@@ -84,10 +88,21 @@ async fn transfer(
     for (at, job) in jobs.iter_mut().enumerate() {
         disks.push(open(pair, at, job).await.at(at)?);
     }
+    let mut before = Some(before);
+    if ships
+        && request.options.apply == ApplyChoice::Inplace
+        && let Some(before) = before.take()
+    {
+        before.await?;
+    }
     let mut sessions = Sessions::new(context, pair, jobs, &disks, ships);
     let roots = sessions.run(parallel).await?;
     if ships {
-        commit(pair, jobs, &roots).await?;
+        prepare(pair, jobs, &roots).await?;
+        if let Some(before) = before {
+            before.await?;
+        }
+        commit(pair, jobs).await?;
     }
     if request.operation == Operation::Verify {
         for (job, disks) in jobs.iter_mut().zip(&disks) {
@@ -206,8 +221,8 @@ fn check_sizes(request: &Request, disks: &Disks, result: &mut TransferResult) ->
     Ok(())
 }
 
-/// Makes all destinations durable, and then lets all of them count at once.
-async fn commit(
+/// Makes all destinations durable.
+async fn prepare(
     pair: &mut Pair,
     jobs: &mut [Job<'_>],
     roots: &[sessions::Root],
@@ -231,18 +246,17 @@ async fn commit(
         }
         job.result.verified = verify.name();
     }
+    Ok(())
+}
+
+/// Lets all of them count at once.
+async fn commit(pair: &mut Pair, jobs: &[Job<'_>]) -> Result<()> {
     let all = Commit {
         disks: (0..jobs.len()).map(number).collect(),
     };
-    match pair.ask(Side::Destination, None, &all).await {
-        Ok(Control::Committed(_)) => Ok(()),
-        Ok(answer) => Err(unexpected("commit", &answer).into()),
-        Err(error) => {
-            for job in jobs {
-                job.result.verified = Verification::None.name();
-            }
-            Err(error.into())
-        }
+    match pair.ask(Side::Destination, None, &all).await? {
+        Control::Committed(_) => Ok(()),
+        answer => Err(unexpected("commit", &answer)),
     }
 }
 

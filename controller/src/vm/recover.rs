@@ -1,0 +1,163 @@
+//! `recover`, as far as VMs go: what runs that broke off have left on a hypervisor besides disks,
+//! by the records that this program keeps there. A record whose run still goes on is locked, and
+//! left alone. A host without records is not asked for libvirt.
+//!
+//! ```text
+//!  paused    the VM is resumed
+//!  clones    what was made for a VM that never came to be is removed
+//!  lineage   images that stand on another get their own reference to it again; that a sync has
+//!            not ended stays remembered, for the next one
+//! ```
+
+use kvm_clone_protocol::message::{Fate, Recovery};
+
+use super::checks::is_at;
+use super::lineage;
+use super::live::{self, Paused};
+use super::record::CloneRecord;
+use super::state::{self, Kind};
+use crate::error::{Error, Result};
+use crate::libvirt::Hypervisor;
+use crate::libvirt::definition::Definition;
+
+/// What a record was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// A VM that is there.
+    Vm,
+    /// A VM that was to be.
+    Clone,
+}
+
+/// What was found, and what became of it.
+#[derive(Debug, Clone)]
+pub struct Left {
+    /// What it is about.
+    pub subject: Subject,
+    /// The VM's name.
+    pub name: String,
+    /// What became of it.
+    pub fate: Fate,
+    /// Why, where that is not plain.
+    pub note: String,
+}
+
+/// Sees to everything of this kind on a hypervisor, once its disks are seen to.
+///
+/// # Errors
+/// When the host cannot be reached; what cannot be ended is in the answer.
+pub async fn recover(on: &Hypervisor, recovery: Recovery) -> Result<Vec<Left>> {
+    let mut all = Vec::new();
+    for kind in [Kind::Paused, Kind::Clones, Kind::Lineage] {
+        for name in state::names(on, kind).await? {
+            let left = see_to(on, kind, &name, recovery).await;
+            all.extend(left.unwrap_or_else(|error| Some(stuck(kind, &name, &error))));
+        }
+    }
+    Ok(all)
+}
+
+/// What became of one record; `None` when nothing is left of what it tells.
+async fn see_to(
+    on: &Hypervisor,
+    kind: Kind,
+    name: &str,
+    recovery: Recovery,
+) -> Result<Option<Left>> {
+    let Some(lock) = state::lock(on, kind, name).await? else {
+        return Ok(match kind {
+            // A sync that goes on is told of by its disks.
+            Kind::Lineage => None,
+            _ => Some(left(kind, name, Fate::Running, "")),
+        });
+    };
+    let left = match kind {
+        Kind::Paused => resume(on, name, recovery).await,
+        Kind::Clones => undo(on, name, recovery).await,
+        Kind::Lineage => reconnect(on, name, recovery).await,
+    };
+    lock.end().await?;
+    left
+}
+
+async fn resume(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Option<Left>> {
+    let Some(paused) = state::read::<Paused>(on, Kind::Paused, uuid).await? else {
+        return Ok(None);
+    };
+    let of = |fate, note: &str| Some(left(Kind::Paused, &paused.vm, fate, note));
+    let Some(domain) = on.find_domain(uuid).await? else {
+        state::forget(on, Kind::Paused, uuid).await?;
+        return Ok(None);
+    };
+    if recovery == Recovery::List {
+        let note = format!("it was suspended, and is {}", domain.state);
+        return Ok(of(Fate::Unfinished, &note));
+    }
+    let state = live::resume(on, uuid, domain.state).await?;
+    Ok(of(
+        Fate::Finished,
+        &format!("it was suspended, and is {state} now"),
+    ))
+}
+
+async fn undo(on: &Hypervisor, name: &str, recovery: Recovery) -> Result<Option<Left>> {
+    let Some(record) = CloneRecord::read(on, name).await? else {
+        return Ok(None);
+    };
+    let of = |fate, note: &str| Ok(Some(left(Kind::Clones, name, fate, note)));
+    let definitions = on.definitions().await?;
+    if definitions.iter().any(|vm| vm.uuid() == record.uuid) {
+        return of(
+            Fate::Waiting,
+            "it is defined; the same clone command ends it",
+        );
+    }
+    let leftovers = record.leftovers();
+    let uses = |vm: &&Definition| {
+        let mut disks = vm.disks().iter();
+        disks.any(|disk| leftovers.iter().any(|path| is_at(disk, path)))
+    };
+    if let Some(vm) = definitions.iter().find(uses) {
+        let note = format!("{} has what was copied as a disk", vm.name());
+        return of(Fate::Stuck, &note);
+    }
+    if recovery != Recovery::RollBack {
+        return of(Fate::Waiting, "");
+    }
+    record.roll_back(on).await?;
+    of(Fate::RolledBack, "")
+}
+
+async fn reconnect(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Option<Left>> {
+    let Some(lineage) = lineage::unfinished(on, uuid).await? else {
+        return Ok(None);
+    };
+    let Some(domain) = on.find_domain(uuid).await? else {
+        return Ok(None);
+    };
+    let mut note =
+        "a sync has begun to change its disks and not ended; the next one does".to_owned();
+    if recovery != Recovery::List {
+        for path in lineage.restore_references(on).await? {
+            note += &format!("; {path} has its own reference again");
+        }
+    }
+    let name = domain.definition.name();
+    Ok(Some(left(Kind::Lineage, name, Fate::Waiting, &note)))
+}
+
+fn left(kind: Kind, name: &str, fate: Fate, note: &str) -> Left {
+    Left {
+        subject: match kind {
+            Kind::Clones => Subject::Clone,
+            Kind::Paused | Kind::Lineage => Subject::Vm,
+        },
+        name: name.to_owned(),
+        fate,
+        note: note.to_owned(),
+    }
+}
+
+fn stuck(kind: Kind, name: &str, error: &Error) -> Left {
+    left(kind, name, Fate::Stuck, &error.one_line())
+}

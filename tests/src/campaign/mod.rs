@@ -159,7 +159,7 @@ impl Campaign {
     fn kill(&mut self, story: &mut Story) {
         let mut running = self.site.start_sync(story.by);
         let pick = self.random.draw();
-        let find = |running: &Running| story.victim.find(&self.site, running);
+        let find = |running: &Running| story.victim.find(&self.site.lab, running);
         let killed = moment::kill_at(story.moment, &mut running, &self.site, pick, find);
         let since = Instant::now();
         story.killed = killed;

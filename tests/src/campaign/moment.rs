@@ -137,7 +137,7 @@ impl Rhythm {
 
     fn look_for_victims(&mut self, now: Duration, site: &Site, running: &Running) {
         for (victim, life) in Victim::ALL.into_iter().zip(&mut self.lives) {
-            if !victim.find(site, running).is_empty() {
+            if !victim.find(&site.lab, running).is_empty() {
                 note(life, now);
             }
         }

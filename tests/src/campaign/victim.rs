@@ -3,9 +3,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use super::site::Site;
 use crate::controller::Running;
 use crate::host::Host;
+use crate::lab::Lab;
 use crate::process::{arguments, is_ssh, processes_in, ssh_clients_of};
 
 /// A process of a run.
@@ -36,9 +36,9 @@ impl Victim {
         place.expect("all of them are listed")
     }
 
-    /// The processes of a run that it may be, as `/proc/PID` directories.
-    pub(super) fn find(self, site: &Site, running: &Running) -> Vec<PathBuf> {
-        let lab = &site.lab;
+    /// The processes of a run between two hosts that it may be, as `/proc/PID` directories.
+    #[must_use]
+    pub fn find(self, lab: &Lab, running: &Running) -> Vec<PathBuf> {
         match self {
             Self::Controller => vec![running.process()],
             Self::SourceAgent => serving(&lab.a),

@@ -15,6 +15,7 @@
 mod moment;
 mod report;
 mod site;
+mod turn;
 mod versions;
 mod victim;
 
@@ -27,13 +28,14 @@ pub use moment::Moment;
 pub use report::Report;
 pub use victim::Victim;
 
-use crate::controller::Run;
+use crate::controller::{Run, Running};
 use crate::image::Random;
 use crate::journey::Journey;
 use crate::lab::LabSpec;
 use crate::mount::Kind;
 use moment::Moments;
 use site::Site;
+use turn::Turn;
 use versions::{Found, Version};
 
 /// After a kill all processes of a run are gone within this time.
@@ -123,7 +125,7 @@ impl Campaign {
         let mut random = Random::new(plan.seed);
         Self {
             site,
-            moments: Moments::new(plan.apply, &mut random),
+            moments: Moments::new(&mut random),
             random,
             number: 0,
         }
@@ -136,16 +138,15 @@ impl Campaign {
         }
         let number = self.number;
         self.number += 1;
-        let (victim, by) = victim::turn(number);
-        let rhythm = self.site.rhythm(by);
-        let moment = self.moments.next(victim, rhythm);
-        let mut story = Story::new(number, victim, by, moment);
+        let turn = Turn::of(number);
+        let rhythm = self.site.rhythm(turn.by);
+        let moment = self.moments.next(turn, rhythm);
+        let mut story = Story::new(number, turn.victim, turn.by, moment);
         self.kill(&mut story);
-        // In turn, and over the turns each victim meets both.
-        if story.killed.is_some() && (number / victim::TURNS).is_multiple_of(2) {
-            self.recover(&mut story);
-        }
         if story.killed.is_some() {
+            if turn.recovers {
+                self.recover(&mut story);
+            }
             self.complete(&mut story);
         }
         self.site.turn_over();
@@ -158,9 +159,8 @@ impl Campaign {
     fn kill(&mut self, story: &mut Story) {
         let mut running = self.site.start_sync(story.by);
         let pick = self.random.draw();
-        let killed = moment::wait(&mut running, story.moment, &self.site, |running| {
-            story.victim.kill(&self.site, running, pick)
-        });
+        let find = |running: &Running| story.victim.find(&self.site.lab, running);
+        let killed = moment::kill_at(story.moment, &mut running, &self.site, pick, find);
         let since = Instant::now();
         story.killed = killed;
         let run = running.wait();
@@ -197,7 +197,8 @@ impl Campaign {
         if !expected.contains(&recovered) {
             story.violates(format!("the destination is {recovered} after\n{run}"));
         }
-        let left = self.site.beside();
+        let mut left = self.site.beside();
+        left.extend(self.site.runs());
         story.leaves(&left, "recover");
     }
 
@@ -220,6 +221,7 @@ impl Campaign {
             story.violates(format!("the destination is {found} after\n{run}"));
         }
         let mut left = self.site.beside();
+        left.extend(self.site.runs());
         left.extend(self.site.elsewhere());
         story.leaves(&left, "the run that came to its end");
     }

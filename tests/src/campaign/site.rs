@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::moment::Rhythm;
 use super::versions::{self, Found, Image, Version};
@@ -111,45 +111,42 @@ impl Site {
         std::mem::swap(&mut self.old, &mut self.new);
     }
 
-    /// Whether a run has begun to make something beside the destination.
-    pub(super) fn has_begun(&self) -> bool {
-        !self.beside().is_empty()
-    }
-
-    /// Whether the destination has no name.
-    pub(super) fn is_away(&self) -> bool {
-        !self.destination.exists()
-    }
-
-    /// What lies beside the destination, and the runs that are noted on its host.
+    /// What lies beside the destination.
     pub(super) fn beside(&self) -> Vec<String> {
         let directory = self.destination.parent().expect("it lies in a directory");
-        let mut found = BTreeSet::new();
-        add_files(directory, &mut found);
-        add_files(&self.lab.b.state(), &mut found);
+        let mut found = files_in(directory);
         found.remove(&self.destination);
-        found
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect()
+        names(&found)
+    }
+
+    /// What is noted of runs on the destination's host.
+    pub(super) fn runs(&self) -> Vec<String> {
+        names(&files_in(&self.lab.b.state()))
+    }
+
+    /// When that was written last.
+    pub(super) fn noted(&self) -> Option<SystemTime> {
+        let files = files_in(&self.lab.b.state()).into_iter();
+        files
+            .filter_map(|file| file.metadata().ok()?.modified().ok())
+            .max()
     }
 
     /// What is new on the hosts, and where the controller keeps things while it runs.
     pub(super) fn elsewhere(&self) -> Vec<String> {
         let now = self.files();
-        let new = now.difference(&self.files);
-        new.map(|path| path.display().to_string()).collect()
+        names(&now.difference(&self.files).cloned().collect())
     }
 
     fn files(&self) -> BTreeSet<PathBuf> {
         let mut found = BTreeSet::new();
         for host in self.hosts() {
             for directory in [host.home(), host.var_tmp(), host.shm()] {
-                add_files(&directory, &mut found);
+                found.append(&mut files_in(&directory));
             }
         }
-        add_files(&self.lab.a.state(), &mut found);
-        add_files(&self.lab.controller.home().join(".cache"), &mut found);
+        found.append(&mut files_in(&self.lab.a.state()));
+        found.append(&mut files_in(&self.lab.controller.home().join(".cache")));
         found
     }
 
@@ -217,15 +214,22 @@ impl Site {
 }
 
 /// The files below a directory.
-fn add_files(directory: &Path, found: &mut BTreeSet<PathBuf>) {
+fn files_in(directory: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            add_files(&path, found);
+            found.append(&mut files_in(&path));
         } else {
             found.insert(path);
         }
     }
+    found
+}
+
+fn names(paths: &BTreeSet<PathBuf>) -> Vec<String> {
+    let paths = paths.iter();
+    paths.map(|path| path.display().to_string()).collect()
 }
 
 /// A process for people.

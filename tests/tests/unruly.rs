@@ -144,12 +144,12 @@ fn recover_sees_to_what_is_inside_and_to_nothing_else() {
 
     ground.force("--allow @from", "--allow @to");
     let listed = recover(&["--dry-run"]).expect_json();
-    let disks = listed["hosts"][0]["disks"].as_array().unwrap();
+    let disks = listed["hosts"][0]["found"].as_array().unwrap();
     let mut found: Vec<_> = disks
         .iter()
         .map(|disk| {
             (
-                disk["path"].as_str().unwrap(),
+                disk["name"].as_str().unwrap(),
                 disk["state"].as_str().unwrap(),
             )
         })

@@ -206,8 +206,8 @@ impl Destination {
         Err(Failure::new(FailureCode::Refused, message))
     }
 
-    /// Keeps what the next run can take up; removes what is nothing, and what occupies the space
-    /// that was missing.
+    /// Keeps what the next run can take up; removes what is nothing, what may be nowhere on the
+    /// disk, and what occupies the space that was missing.
     ///
     /// Tells whether anything is left.
     pub(crate) fn abandon(&self, code: FailureCode) -> bool {
@@ -215,7 +215,7 @@ impl Destination {
             return false;
         };
         let arrived = work.resumed || work.disk.is_changed();
-        if arrived && code != FailureCode::NoSpace {
+        if arrived && code != FailureCode::NoSpace && !work.is_doubtful() {
             return true;
         }
         // What cannot be removed is found, and taken up, by the next run.

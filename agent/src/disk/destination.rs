@@ -56,6 +56,19 @@ pub(super) struct Work {
     pub(super) resumed: bool,
 }
 
+impl Work {
+    /// Whether what has arrived may be nowhere, since it could not be made durable.
+    pub(super) fn is_doubtful(&self) -> bool {
+        let stage = self.disk.overlay.as_ref().map(Overlay::stage);
+        self.disk.image().file.is_doubtful()
+            || stage.is_some_and(|stage| stage.file.is_doubtful())
+            || self
+                .journal
+                .as_ref()
+                .is_some_and(|journal| journal.is_doubtful())
+    }
+}
+
 /// How a run has begun on a destination.
 #[derive(Debug)]
 pub(crate) struct Begun {

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
@@ -22,11 +23,16 @@ const FICLONE: libc::c_ulong = 0x4004_9409;
 #[derive(Debug)]
 pub(crate) struct DiskFile {
     file: File,
+    /// An fsync has failed: what was written may be nowhere.
+    is_doubtful: AtomicBool,
 }
 
 impl DiskFile {
     pub(super) fn new(file: File) -> Self {
-        Self { file }
+        Self {
+            file,
+            is_doubtful: AtomicBool::new(false),
+        }
     }
 
     /// Makes a file that only its owner can use; something of that name is an error.
@@ -124,9 +130,17 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Makes contents and length durable.
+    /// Makes contents and length durable. That cannot be tried again: the kernel then takes what
+    /// it could not write for written, and says that all is well.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.file.sync_all()
+        self.file
+            .sync_all()
+            .inspect_err(|_| self.is_doubtful.store(true, Ordering::Release))
+    }
+
+    /// Whether what was written may be nowhere, since an fsync has failed.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.is_doubtful.load(Ordering::Acquire)
     }
 
     pub(super) fn set_len(&self, len: u64) -> io::Result<()> {

@@ -196,6 +196,11 @@ impl Journal {
         self.head.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As [`DiskFile::is_doubtful`].
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.file.is_doubtful()
+    }
+
     /// Makes the entries durable.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync()

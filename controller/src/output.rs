@@ -29,9 +29,10 @@ pub fn to_stdout(bytes: impl AsRef<[u8]>) -> Result<()> {
     }
 }
 
-/// Writes to standard error; there is nobody to tell if that fails.
+/// Writes to standard error; there is nobody to tell if that fails. What hosts, tools and agents
+/// said is in it, so it is made harmless.
 pub fn to_stderr(text: &str) {
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    let _ = std::io::stderr().lock().write_all(plain(text).as_bytes());
 }
 
 /// Prints a result in the form that the user chose; `text` is only asked for where it is needed.
@@ -47,9 +48,10 @@ pub fn print(
         Error::new(ErrorCode::Internal, "the result cannot be printed").caused_by(error.to_string())
     };
     to_stdout(match format {
-        OutputFormat::Text => text(),
+        OutputFormat::Text => plain(&text()),
         OutputFormat::Json => {
-            serde_json::to_string_pretty(result).map_err(|error| internal(&error))? + "\n"
+            plain_json(&serde_json::to_string_pretty(result).map_err(|error| internal(&error))?)
+                + "\n"
         }
         OutputFormat::Yaml => serde_saphyr::to_string(result).map_err(|error| internal(&error))?,
     })
@@ -229,15 +231,33 @@ pub fn iec(bytes: u64) -> String {
 
 /// A name that may hold anything, on one line of a terminal.
 pub fn printable(name: &str) -> String {
-    name.chars()
-        .map(|c| {
-            if c.is_control() {
-                c.escape_default().to_string()
-            } else {
-                c.to_string()
-            }
-        })
-        .collect()
+    let harmless = |c: char| !c.is_control();
+    escaped(name, harmless, |c| c.escape_default().to_string())
+}
+
+/// Lines of a text that may hold anything, for a terminal.
+fn plain(text: &str) -> String {
+    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    escaped(text, harmless, |c| c.escape_default().to_string())
+}
+
+/// JSON says the same, without the control characters that its strings may hold as they are: DEL
+/// and those of eight bits.
+fn plain_json(json: &str) -> String {
+    let harmless = |c: char| !c.is_control() || c == '\n';
+    escaped(json, harmless, |c| format!("\\u{:04x}", u32::from(c)))
+}
+
+fn escaped(text: &str, harmless: fn(char) -> bool, escape: fn(char) -> String) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if harmless(c) {
+            out.push(c);
+        } else {
+            out += &escape(c);
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -247,6 +267,18 @@ mod tests {
     #[test]
     fn names_cannot_write_to_the_terminal() {
         assert_eq!(printable("hv:/a\u{1b}[2J\nü"), "hv:/a\\u{1b}[2J\\nü");
+    }
+
+    #[test]
+    fn no_format_writes_to_the_terminal_as_it_is_told() {
+        let said = "a\u{1b}[2J\u{7f}\u{9b}b\r\u{85}c";
+        let json = plain_json(&serde_json::to_string(said).unwrap());
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), said);
+        let yaml = serde_saphyr::to_string(&said).unwrap();
+        for text in [plain(&format!("{said}\n\tx")), json, yaml] {
+            let control = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+            assert_eq!(text.find(control), None, "{text:?}");
+        }
     }
 
     #[test]

@@ -13,6 +13,9 @@ use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{AgentConnection, Host};
 
+/// The most disks that one host can have left: what an agent says is bounded.
+const MAX_LEFTOVERS: usize = 10_000;
+
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     /// Host: [USER@]NAME[:PORT], an alias of the ssh configuration, or "local"
@@ -100,11 +103,13 @@ async fn ask(agent: &mut AgentConnection, recovery: Recovery) -> Result<Found> {
     let mut disks = Vec::new();
     loop {
         match agent.next().await? {
-            Control::Leftover(leftover) => disks.push(leftover.into()),
+            Control::Leftover(leftover) if disks.len() < MAX_LEFTOVERS => {
+                disks.push(leftover.into());
+            }
             Control::Recovered(_) => return Ok(Found { disks }),
             Control::Failed(failed) => return Err(failed.into()),
             answer => {
-                let message = format!("an agent answers recover with {answer:?}");
+                let message = format!("an agent answers recover with {:?}", answer.kind());
                 return Err(Error::new(ErrorCode::Protocol, message));
             }
         }

@@ -75,7 +75,7 @@ async fn transfer(
         context.host(&request.source.host),
         context.host(&request.destination.host),
     );
-    let pair = connected.insert(Pair::connect(&source, &destination).await?);
+    let pair = connected.insert(Pair::connect(&source, &destination, jobs.len()).await?);
     for agent in [&pair.source, &pair.destination] {
         jobs[0].result.warnings.extend_from_slice(agent.warnings());
     }
@@ -235,7 +235,7 @@ async fn commit(
         disks: (0..jobs.len()).map(number).collect(),
     };
     match pair.ask(Side::Destination, None, &all).await {
-        Ok(Control::Committed(_)) => Ok(()),
+        Ok(Control::Committed(committed)) if committed.disks == all.disks => Ok(()),
         Ok(answer) => Err(unexpected("commit", &answer).into()),
         Err(error) => {
             for job in jobs {
@@ -257,7 +257,9 @@ fn difference(disks: &Disks, result: &TransferResult) -> Option<Error> {
         return Some(Error::new(ErrorCode::Mismatch, message));
     }
     let offset = result.first_difference?;
-    let blocks = result.blocks_changed.unwrap_or(0) + result.blocks_zeroed.unwrap_or(0);
+    let [changed, zeroed] =
+        [result.blocks_changed, result.blocks_zeroed].map(Option::unwrap_or_default);
+    let blocks = changed.saturating_add(zeroed);
     let (source, destination) = (&result.source, &result.destination);
     let message = format!(
         "{source} and {destination} differ in {blocks} blocks of 64 KiB, the first at byte {offset}"

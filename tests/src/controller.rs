@@ -152,6 +152,12 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends it a signal.
     ///
     /// # Panics

@@ -526,6 +526,34 @@ fn a_session_that_makes_no_sense_is_not_started() {
 }
 
 #[test]
+fn a_disk_that_holds_something_is_not_taken_for_empty() {
+    let blind = SessionParams {
+        compare: false,
+        ..params(Onto::Staged)
+    };
+    for apply in [ApplyChoice::Staged, ApplyChoice::Inplace] {
+        let mut agent = Agent::greeted();
+        let ground = Ground::longer();
+        let trial = Trial::open(&mut agent, ground, Access::Destination, Link::greeted);
+        trial.agent.send(&start(0, Role::Receiver, blind, apply));
+        trial.fails(FailureCode::Protocol);
+        agent.leave();
+    }
+    // Nor is what a run has left that broke off.
+    let mut agent = Agent::greeted();
+    let ground = Trial::receiver(&mut agent, Onto::New).ground;
+    agent.kill();
+    let _ = agent.end();
+    let mut agent = Agent::greeted();
+    let trial = Trial::open(&mut agent, ground, Access::Destination, Link::greeted);
+    trial
+        .agent
+        .send(&start(0, Role::Receiver, blind, ApplyChoice::Auto));
+    trial.fails(FailureCode::Protocol);
+    agent.leave();
+}
+
+#[test]
 fn a_disk_that_is_only_compared_is_not_changed() {
     let mut agent = Agent::greeted();
     let trial = Trial::open(&mut agent, Ground::longer(), Access::Compare, Link::greeted);

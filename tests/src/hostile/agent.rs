@@ -146,15 +146,28 @@ impl Agent {
     #[must_use]
     pub fn next(&mut self) -> Option<Control> {
         loop {
+            if let Some(said) = self.next_within(BEAT) {
+                return said;
+            }
+        }
+    }
+
+    /// The same, `Some(None)` when it has ended; `None` when nothing came in time.
+    ///
+    /// # Panics
+    /// When it says something that is no message.
+    #[must_use]
+    pub fn next_within(&mut self, limit: Duration) -> Option<Option<Control>> {
+        loop {
             if self.said.elapsed() > BEAT {
                 self.send(&Alive {});
             }
-            let Some(frame) = self.incoming.next_within(BEAT) else {
-                continue;
+            let Some(frame) = self.incoming.next_within(limit)? else {
+                return Some(None);
             };
-            match Control::read(&frame?).expect("the agent speaks the protocol") {
+            match Control::read(&frame).expect("the agent speaks the protocol") {
                 Control::Alive(_) | Control::Progress(_) => {}
-                message => return Some(message),
+                message => return Some(Some(message)),
             }
         }
     }

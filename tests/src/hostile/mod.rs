@@ -24,6 +24,7 @@ pub mod link;
 pub mod mask;
 pub mod trial;
 pub mod watch;
+pub mod wire;
 
 use std::time::Duration;
 

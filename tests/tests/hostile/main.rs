@@ -5,6 +5,7 @@
 
 mod agents;
 mod controllers;
+mod flips;
 mod links;
 mod receivers;
 mod senders;

@@ -152,7 +152,13 @@ impl Slot {
                 };
                 let stage_dir = Some(Path::new(OsStr::from_bytes(&start.stage_dir)))
                     .filter(|path| !path.as_os_str().is_empty());
+                let exists = destination.base().is_some();
                 let begun = destination.begin(geometry, start.apply, stage_dir, run)?;
+                // What is there would be taken for zeros: its own, or what another run has left
+                // since the controller asked.
+                if !params.compare && (exists || begun.resumed) {
+                    return Err(refused("what this disk holds must be compared"));
+                }
                 started.apply = Some(begun.apply);
                 started.resumed = begun.resumed;
                 warnings = begun.warnings;

@@ -52,7 +52,8 @@ pub fn print(
     to_stdout(match format {
         OutputFormat::Text => harmless(&text()),
         OutputFormat::Json => {
-            serde_json::to_string_pretty(result).map_err(|error| internal(&error))? + "\n"
+            plain_json(&serde_json::to_string_pretty(result).map_err(|error| internal(&error))?)
+                + "\n"
         }
         OutputFormat::Yaml => serde_saphyr::to_string(result).map_err(|error| internal(&error))?,
     })
@@ -241,6 +242,20 @@ fn harmless(text: &str) -> String {
     escaped(&text.replace("\r\n", "\n"), |c| matches!(c, '\n' | '\t'))
 }
 
+/// JSON says the same, without the control characters that its strings may hold as they are: DEL
+/// and those of eight bits.
+fn plain_json(json: &str) -> String {
+    let mut plain = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_control() && c != '\n' {
+            plain += &format!("\\u{:04x}", u32::from(c));
+        } else {
+            plain.push(c);
+        }
+    }
+    plain
+}
+
 fn escaped(text: &str, is_spared: impl Fn(char) -> bool) -> String {
     let mut plain = String::with_capacity(text.len());
     for c in text.chars() {
@@ -267,6 +282,18 @@ mod tests {
         let said = "error: hv: \u{1b}]0;x\u{7}\r\ncaused by:\tdenied\r\u{9b}2J\n";
         let plain = "error: hv: \\u{1b}]0;x\\u{7}\ncaused by:\tdenied\\r\\u{9b}2J\n";
         assert_eq!(harmless(said), plain);
+    }
+
+    #[test]
+    fn no_format_writes_to_the_terminal_as_it_is_told() {
+        let said = "a\u{1b}[2J\u{7f}\u{9b}b\r\u{85}c";
+        let json = plain_json(&serde_json::to_string(said).unwrap());
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), said);
+        let yaml = serde_saphyr::to_string(&said).unwrap();
+        for text in [harmless(&format!("{said}\n\tx")), json, yaml] {
+            let control = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+            assert_eq!(text.find(control), None, "{text:?}");
+        }
     }
 
     #[test]

@@ -152,10 +152,16 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its process, as a `/proc/PID` directory.
     #[must_use]
     pub fn process(&self) -> PathBuf {
-        format!("/proc/{}", self.child.id()).into()
+        format!("/proc/{}", self.id()).into()
     }
 
     /// How long it has been running.

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::deploy::Expected;
 use super::session::{Session, SessionOutput};
-use super::{AgentPath, Host};
+use super::{AgentPath, Host, heard};
 use crate::agent_binary;
 use crate::error::{Error, ErrorCode, Result};
 
@@ -23,9 +23,13 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often the agent hears from us where there is nothing else to say.
 const BEAT: Duration = Duration::from_secs(5);
 
-/// An agent that has not sent a byte for this long is taken for dead: four of its own beats, and
+/// An agent that has given no sign of life for this long is taken for dead: four of its own beats, and
 /// well below the 30 seconds within which a run must end.
 const SILENCE: Duration = Duration::from_secs(20);
+
+/// Within a frame, so many bytes are a sign of life. Fewer may be those of an agent that has nothing
+/// to say, swallowed by a frame whose length is wrong.
+const SIGN_OF_LIFE: usize = 1024;
 
 /// How long a connection that was closed may take to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -63,8 +67,10 @@ pub struct AgentSender {
 pub struct AgentReceiver {
     host: Host,
     output: SessionOutput,
-    /// When the last byte came.
+    /// When the last sign of life came: a frame, or a good part of one.
     heard: Instant,
+    /// Bytes in the buffer then.
+    had: usize,
 }
 
 /// Why no agent came of a session: whose fault it is.
@@ -136,6 +142,7 @@ impl AgentConnection {
             host: host.clone(),
             output: session.output,
             heard: Instant::now(),
+            had: 0,
         };
         let hello = Hello {
             release: env!("CARGO_PKG_VERSION").to_owned(),
@@ -294,10 +301,11 @@ impl AgentReceiver {
     pub async fn next(&mut self) -> Result<Control> {
         loop {
             if let Some(frame) = frame::decode(&mut self.output.buffer)? {
+                self.is_alive();
                 tracing::trace!(host = %self.host, kind = ?frame.kind, "received");
                 match Control::read(&frame)? {
                     Control::Alive(Alive {}) => continue,
-                    message => return Ok(message),
+                    message => return heard::examine(message),
                 }
             }
             let silent = tokio::time::sleep_until(self.heard + SILENCE);
@@ -305,9 +313,11 @@ impl AgentReceiver {
                 // What has come counts, however long nobody looked.
                 biased;
                 more = self.output.fill() => {
-                    self.heard = Instant::now();
                     if !more? {
                         return Err(self.ended().await);
+                    }
+                    if self.output.buffer.len() >= self.had + SIGN_OF_LIFE {
+                        self.is_alive();
                     }
                 }
                 () = silent => {
@@ -317,6 +327,11 @@ impl AgentReceiver {
                 }
             }
         }
+    }
+
+    fn is_alive(&mut self) {
+        self.heard = Instant::now();
+        self.had = self.output.buffer.len();
     }
 
     /// Whether it is taken for dead.
@@ -330,7 +345,11 @@ impl AgentReceiver {
             Control::Failed(failed) => Err(failed.into()),
             other => Err(Error::new(
                 ErrorCode::Protocol,
-                format!("the agent on {} answers hello with {other:?}", self.host),
+                format!(
+                    "the agent on {} answers hello with {:?}",
+                    self.host,
+                    other.kind()
+                ),
             )),
         }
     }

@@ -14,6 +14,7 @@ mod errand;
 mod facts;
 mod files;
 mod guard;
+mod heard;
 mod install;
 mod quote;
 mod script;

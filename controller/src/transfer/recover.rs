@@ -7,6 +7,9 @@ use kvm_clone_protocol::message::{Control, Fate, Leftover, Recover, Recovery};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{AgentConnection, Host};
 
+/// The most disks that one host can have left: what an agent says is bounded.
+const MAX_LEFTOVERS: usize = 10_000;
+
 /// A destination whose run broke off.
 #[derive(Debug, Clone)]
 pub struct Left {
@@ -34,11 +37,13 @@ async fn ask(agent: &mut AgentConnection, recovery: Recovery) -> Result<Vec<Left
     let mut left = Vec::new();
     loop {
         match agent.next().await? {
-            Control::Leftover(leftover) => left.push(leftover.into()),
+            Control::Leftover(leftover) if left.len() < MAX_LEFTOVERS => {
+                left.push(leftover.into());
+            }
             Control::Recovered(_) => return Ok(left),
             Control::Failed(failed) => return Err(failed.into()),
             answer => {
-                let message = format!("an agent answers recover with {answer:?}");
+                let message = format!("an agent answers recover with {:?}", answer.kind());
                 return Err(Error::new(ErrorCode::Protocol, message));
             }
         }

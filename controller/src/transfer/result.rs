@@ -124,7 +124,8 @@ impl TransferResult {
         self.blocks_zeroed = Some(counters.blocks_zeroed);
         self.blocks_unchanged = counters
             .blocks_settled
-            .checked_sub(counters.blocks_changed + counters.blocks_zeroed);
+            .checked_sub(counters.blocks_changed)
+            .and_then(|rest| rest.checked_sub(counters.blocks_zeroed));
     }
 
     /// Takes over what the receiver counted. While a run goes on, its bytes on the wire are those

@@ -4,8 +4,6 @@ use std::ffi::OsString;
 use std::io::Read as _;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,18 +12,14 @@ use kvm_clone_protocol::message::{
     Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
+use super::MEMORY;
 use super::connection::{self, Incoming};
-use super::{DEADLINE, MEMORY};
-use crate::process::{built, peak_resident};
+use super::watch::Watch;
+use crate::process::built;
 
 /// How often an agent hears of its controller.
 const BEAT: Duration = Duration::from_secs(5);
-
-/// How often an agent is looked at.
-const POLL: Duration = Duration::from_millis(5);
 
 /// The agent that was built beside the running test, or that `KVM_CLONE_AGENT` names.
 ///
@@ -156,15 +150,28 @@ impl Agent {
     )]
     pub fn next(&mut self) -> Option<Control> {
         loop {
+            if let Some(said) = self.next_within(BEAT) {
+                return said;
+            }
+        }
+    }
+
+    /// The same, `Some(None)` when it has ended; `None` when nothing came in time.
+    ///
+    /// # Panics
+    /// When it says something that is no message.
+    #[must_use]
+    pub fn next_within(&mut self, limit: Duration) -> Option<Option<Control>> {
+        loop {
             if self.said.elapsed() > BEAT {
                 self.send(&Alive {});
             }
-            let Some(frame) = self.incoming.next_within(BEAT) else {
-                continue;
+            let Some(frame) = self.incoming.next_within(limit)? else {
+                return Some(None);
             };
-            match Control::read(&frame?).expect("the agent speaks the protocol") {
+            match Control::read(&frame).expect("the agent speaks the protocol") {
                 Control::Alive(_) | Control::Progress(_) => {}
-                message => return Some(message),
+                message => return Some(Some(message)),
             }
         }
     }
@@ -229,6 +236,20 @@ impl Agent {
             self.send(&Alive {});
             std::thread::sleep(BEAT.min(deadline.saturating_duration_since(Instant::now())));
         }
+    }
+
+    /// Reads nothing more of what it says.
+    pub fn deafen(&mut self) {
+        self.incoming.deafen();
+    }
+
+    /// Whether it has ended by itself.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn has_ended(&mut self) -> bool {
+        let status = self.child.try_wait().expect("the agent is a child");
+        status.is_some()
     }
 
     /// Stops it where it is, as a crash would.
@@ -304,50 +325,4 @@ pub fn private(program: OsString, args: &[&str]) -> Command {
     }
     command.args(args);
     command
-}
-
-/// Looks at a process while it runs: its memory, and whether it ever ends.
-#[derive(Debug)]
-struct Watch {
-    stop: Arc<AtomicBool>,
-    peak: Arc<AtomicU64>,
-    thread: JoinHandle<bool>,
-}
-
-impl Watch {
-    fn start(id: u32) -> Self {
-        let (stop, peak) = (Arc::new(AtomicBool::new(false)), Arc::default());
-        let (stopped, seen) = (Arc::clone(&stop), Arc::clone(&peak));
-        let thread = std::thread::spawn(move || watch(id, &stopped, &seen));
-        Self { stop, peak, thread }
-    }
-
-    /// Counts from now on.
-    fn forget(&self, id: u32) {
-        // Resets VmHWM, as proc(5) has it.
-        std::fs::write(format!("/proc/{id}/clear_refs"), "5").expect("an own process");
-        self.peak.store(0, Ordering::Relaxed);
-    }
-
-    /// Whether the process had to be killed, and the most that it had resident.
-    fn stop(self) -> (bool, u64) {
-        self.stop.store(true, Ordering::Relaxed);
-        let hung = self.thread.join().expect("a thread that looks at /proc");
-        (hung, self.peak.load(Ordering::Relaxed))
-    }
-}
-
-fn watch(id: u32, stopped: &AtomicBool, peak: &AtomicU64) -> bool {
-    let process = PathBuf::from(format!("/proc/{id}"));
-    let deadline = Instant::now() + DEADLINE;
-    while !stopped.load(Ordering::Relaxed) {
-        peak.fetch_max(peak_resident(&process).unwrap_or(0), Ordering::Relaxed);
-        if Instant::now() > deadline {
-            let id = i32::try_from(id).expect("process ids are small");
-            let _ = kill(Pid::from_raw(id), Signal::SIGKILL);
-            return true;
-        }
-        std::thread::sleep(POLL);
-    }
-    false
 }

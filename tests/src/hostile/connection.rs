@@ -1,6 +1,8 @@
 //! One end of a connection: bytes go out as they are, frames come in with a deadline.
 
 use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -14,6 +16,7 @@ use super::DEADLINE;
 #[derive(Debug)]
 pub struct Incoming {
     events: Receiver<Event>,
+    deaf: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -29,8 +32,15 @@ impl Incoming {
     #[must_use]
     pub fn start(input: impl Read + Send + 'static) -> Self {
         let (to, events) = mpsc::channel();
-        std::thread::spawn(move || read(input, &to));
-        Self { events }
+        let deaf = Arc::new(AtomicBool::new(false));
+        let still = Arc::clone(&deaf);
+        std::thread::spawn(move || read(input, &to, &still));
+        Self { events, deaf }
+    }
+
+    /// Reads nothing more; the other end may still write for as long as this is kept.
+    pub fn deafen(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
     }
 
     /// The preamble.
@@ -79,11 +89,21 @@ impl Incoming {
     }
 }
 
-fn read(mut input: impl Read, to: &Sender<Event>) {
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.deaf.store(false, Ordering::Relaxed);
+    }
+}
+
+fn read(mut input: impl Read, to: &Sender<Event>, deaf: &AtomicBool) {
     let mut buffer = BytesMut::new();
     let mut chunk = vec![0; 64 << 10];
     let mut greeted = false;
     loop {
+        while deaf.load(Ordering::Relaxed) {
+            // The pipe stays open, and full, until the process that would write to it ends.
+            std::thread::sleep(Duration::from_secs(1));
+        }
         // A program that was killed resets what it had not read.
         let read = input.read(&mut chunk).unwrap_or(0);
         buffer.extend_from_slice(&chunk[..read]);

@@ -40,13 +40,19 @@ impl Ground {
     /// A disk that is longer than a session by some blocks and bytes.
     #[must_use]
     pub fn longer() -> Self {
-        Self::with(SIZE + 3 * BLOCK + 77)
+        Self::with(SIZE + 3 * BLOCK + 77, 0x20)
     }
 
     /// A disk that is as long as a session.
     #[must_use]
     pub fn equal() -> Self {
-        Self::with(SIZE)
+        Self::with(SIZE, 0x20)
+    }
+
+    /// A disk that is as long as a session, and of which every block is another.
+    #[must_use]
+    pub fn other() -> Self {
+        Self::with(SIZE, 0xa0)
     }
 
     /// No disk yet.
@@ -64,13 +70,13 @@ impl Ground {
         ground
     }
 
-    fn with(size: u64) -> Self {
+    fn with(size: u64, first: u8) -> Self {
         let ground = Self::missing();
         let file = File::create(ground.disk()).expect("the directory is writable");
         file.set_len(size).expect("a disk gets its size");
         for index in (0..size.div_ceil(BLOCK)).filter(|index| *index != HOLE) {
             let len = BLOCK.min(size - index * BLOCK);
-            let bytes = vec![0x20 + u8::try_from(index).expect("few blocks"); size_of(len)];
+            let bytes = vec![first + u8::try_from(index).expect("few blocks"); size_of(len)];
             file.write_all_at(&bytes, index * BLOCK).expect("room");
         }
         let old = fs::read(ground.disk()).expect("just written");
@@ -129,18 +135,18 @@ impl Ground {
     }
 
     /// The root of what the disk held, as far as a session goes.
-    ///
-    /// # Panics
-    /// When its size is none.
     #[must_use]
     pub fn root(&self, params: &SessionParams) -> [u8; 16] {
-        let digester = Digester::new(params.hash, params.seed);
-        let mut hasher = RangeHasher::new(&digester, 0);
-        for block in self.old()[..size_of(params.size)].chunks(size_of(BLOCK)) {
-            hasher.content(&digester.content(block));
-        }
-        let geometry = Geometry::new(params.size).expect("a size of a disk");
-        disk_root(&digester, geometry, &[hasher.finish()]).0
+        root(&self.old()[..size_of(params.size)], params)
+    }
+
+    /// The same with another block.
+    #[must_use]
+    pub fn root_with(&self, params: &SessionParams, index: u64, block: &[u8]) -> [u8; 16] {
+        let mut bytes = self.old()[..size_of(params.size)].to_vec();
+        let start = size_of(index * BLOCK);
+        bytes[start..start + block.len()].copy_from_slice(block);
+        root(&bytes, params)
     }
 
     /// Bytes that the directory's files occupy.
@@ -214,6 +220,16 @@ fn neighbour() -> Vec<u8> {
 #[must_use]
 pub fn contents(path: &Path) -> Vec<u8> {
     fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn root(bytes: &[u8], params: &SessionParams) -> [u8; 16] {
+    let digester = Digester::new(params.hash, params.seed);
+    let mut hasher = RangeHasher::new(&digester, 0);
+    for block in bytes.chunks(size_of(BLOCK)) {
+        hasher.content(&digester.content(block));
+    }
+    let geometry = Geometry::new(params.size).expect("a size of a disk");
+    disk_root(&digester, geometry, &[hasher.finish()]).0
 }
 
 /// A length of memory.

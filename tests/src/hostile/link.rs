@@ -13,10 +13,17 @@ use super::connection::{self, Incoming};
 /// `kvm-clone-agent attach`, and its pipes.
 #[derive(Debug)]
 pub struct Link {
-    child: Child,
+    child: Option<Child>,
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
     incoming: Option<Incoming>,
+}
+
+/// The pipes of an `attach`, which goes on by itself.
+#[derive(Debug)]
+pub struct Streams {
+    pub input: ChildStdin,
+    pub output: ChildStdout,
 }
 
 /// The token as `attach` reads it.
@@ -53,7 +60,7 @@ impl Link {
             stdin: Some(stdin),
             stdout: child.stdout.take(),
             incoming: None,
-            child,
+            child: Some(child),
         }
     }
 
@@ -72,6 +79,20 @@ impl Link {
         let ours = Versions::only(SUPPORTED.max);
         link.write(&Preamble::of_this_build(ours).encode());
         link
+    }
+
+    /// The pipes, for somebody else to use. `attach` ends with its agent's end of the link.
+    ///
+    /// # Panics
+    /// When they are in use.
+    #[must_use]
+    pub fn into_streams(mut self) -> Streams {
+        let mut child = self.child.take().expect("it lives as long as this");
+        std::thread::spawn(move || child.wait());
+        Streams {
+            input: self.stdin.take().expect("nothing has ended yet"),
+            output: self.stdout.take().expect("nothing was read yet"),
+        }
     }
 
     /// Reads whatever comes from here on.
@@ -154,13 +175,17 @@ impl Link {
             (None, None) => {}
         }
         self.stdin = None;
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }

@@ -19,8 +19,12 @@ pub mod agent;
 pub mod connection;
 pub mod frames;
 pub mod ground;
+pub mod lies;
 pub mod link;
+pub mod mask;
 pub mod trial;
+pub mod watch;
+pub mod wire;
 
 use std::time::Duration;
 

@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod agents;
+mod controllers;
+mod flips;
 mod links;
 mod receivers;
 mod senders;

@@ -79,7 +79,7 @@ async fn transfer(
         context.host(&request.source.host),
         context.host(&request.destination.host),
     );
-    let pair = connected.insert(Pair::connect(&source, &destination).await?);
+    let pair = connected.insert(Pair::connect(&source, &destination, jobs.len()).await?);
     for agent in [&pair.source, &pair.destination] {
         jobs[0].result.warnings.extend_from_slice(agent.warnings());
     }
@@ -255,7 +255,7 @@ async fn commit(pair: &mut Pair, jobs: &[Job<'_>]) -> Result<()> {
         disks: (0..jobs.len()).map(number).collect(),
     };
     match pair.ask(Side::Destination, None, &all).await? {
-        Control::Committed(_) => Ok(()),
+        Control::Committed(committed) if committed.disks == all.disks => Ok(()),
         answer => Err(unexpected("commit", &answer)),
     }
 }
@@ -271,7 +271,9 @@ fn difference(disks: &Disks, result: &TransferResult) -> Option<Error> {
         return Some(Error::new(ErrorCode::Mismatch, message));
     }
     let offset = result.first_difference?;
-    let blocks = result.blocks_changed.unwrap_or(0) + result.blocks_zeroed.unwrap_or(0);
+    let [changed, zeroed] =
+        [result.blocks_changed, result.blocks_zeroed].map(Option::unwrap_or_default);
+    let blocks = changed.saturating_add(zeroed);
     let (source, destination) = (&result.source, &result.destination);
     let message = format!(
         "{source} and {destination} differ in {blocks} blocks of 64 KiB, the first at byte {offset}"

@@ -19,26 +19,33 @@ pub(super) enum Side {
 /// When one side lost the other, the other has this long to say why.
 const BLAME_TIME: Duration = Duration::from_secs(3);
 
+/// How much is kept of what is said while something else is waited for: more than all disks of a VM
+/// have to say.
+const MAX_KEPT: usize = 1024;
+
 /// Control connections to both hosts.
 #[derive(Debug)]
 pub(super) struct Pair {
     pub(super) source: AgentConnection,
     pub(super) destination: AgentConnection,
+    /// How many disks there are to speak of.
+    disks: usize,
     /// What was said while something else was waited for.
     kept: VecDeque<(Side, Control)>,
 }
 
 impl Pair {
-    /// Opens both connections side by side.
+    /// Opens both connections side by side, for so many disks.
     ///
     /// # Errors
     /// As [`Host::start_agent`]; the source's failure where both fail.
-    pub(super) async fn connect(source: &Host, destination: &Host) -> Result<Self> {
+    pub(super) async fn connect(source: &Host, destination: &Host, disks: usize) -> Result<Self> {
         let (source, destination) = tokio::join!(source.start_agent(), destination.start_agent());
         match (source, destination) {
             (Ok(source), Ok(destination)) => Ok(Self {
                 source,
                 destination,
+                disks,
                 kept: VecDeque::new(),
             }),
             (Err(error), Ok(other)) | (Ok(other), Err(error)) => {
@@ -69,17 +76,62 @@ impl Pair {
     ) -> Result<Control> {
         self.side(side).send(request).await?;
         loop {
-            match self.side(side).next().await? {
+            let said = self.side(side).next().await?;
+            let about = self.about(&said)?;
+            match said {
                 Control::Failed(failed) if failed.disk.is_none() || failed.disk == disk => {
                     return Err(on(self.side(side), failed));
                 }
-                said @ (Control::Progress(_)
+                // Before the answer there is nothing else to say of a disk that is asked about.
+                Control::Progress(_) | Control::Ended(_) if about == disk => return Ok(said),
+                Control::Progress(_)
                 | Control::Ended(_)
                 | Control::Warning(_)
-                | Control::Failed(_)) => self.kept.push_back((side, said)),
+                | Control::Failed(_) => self.keep(side, said)?,
                 answer => return Ok(answer),
             }
         }
+    }
+
+    /// The disk that is spoken of.
+    ///
+    /// # Errors
+    /// Protocol, when there is no such disk.
+    fn about(&self, said: &Control) -> Result<Option<u32>> {
+        let disk = match said {
+            Control::Progress(progress) => Some(progress.disk),
+            Control::Ended(ended) => Some(ended.disk),
+            Control::Warning(warning) => warning.disk,
+            Control::Failed(failed) => failed.disk,
+            _ => None,
+        };
+        let exists = |disk| usize::try_from(disk).is_ok_and(|disk| disk < self.disks);
+        match disk {
+            Some(disk) if !exists(disk) => {
+                let message = format!("an agent speaks of disk {disk}, which there is not");
+                Err(Error::new(ErrorCode::Protocol, message))
+            }
+            disk => Ok(disk),
+        }
+    }
+
+    /// Keeps what was said for [`Pair::next`]; of progress the newest.
+    fn keep(&mut self, side: Side, said: Control) -> Result<()> {
+        if let Control::Progress(new) = &said {
+            let is_older = |(from, kept): &&mut (Side, Control)| {
+                *from == side && matches!(kept, Control::Progress(old) if old.disk == new.disk)
+            };
+            if let Some((_, older)) = self.kept.iter_mut().find(is_older) {
+                *older = said;
+                return Ok(());
+            }
+        }
+        if self.kept.len() >= MAX_KEPT {
+            let message = "an agent says more than it is asked";
+            return Err(Error::new(ErrorCode::Protocol, message));
+        }
+        self.kept.push_back((side, said));
+        Ok(())
     }
 
     /// The next thing that either side says.
@@ -95,10 +147,10 @@ impl Pair {
                 said = self.destination.next() => (Side::Destination, said),
             },
         };
-        let failed = match said {
-            Ok(Control::Failed(failed)) => failed,
-            Ok(said) => return Ok((side, said)),
-            Err(error) => return Err(error.into()),
+        let said = said?;
+        self.about(&said)?;
+        let Control::Failed(failed) = said else {
+            return Ok((side, said));
         };
         let disk = failed.disk;
         let lost_other = failed.code == FailureCode::LinkLost;
@@ -172,6 +224,6 @@ fn on(agent: &AgentConnection, failed: Failed) -> Error {
 pub(super) fn unexpected(asked: &str, answer: &Control) -> Error {
     Error::new(
         ErrorCode::Protocol,
-        format!("an agent answers {asked} with {answer:?}"),
+        format!("an agent answers {asked} with {:?}", answer.kind()),
     )
 }

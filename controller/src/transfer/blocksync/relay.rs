@@ -1,18 +1,19 @@
 //! Route `relay`: this program moves the data frames between the two agents, and nothing else.
 //!
-//! A frame that is no data frame is dropped: a compromised source cannot open or commit anything
-//! on the destination through here.
+//! A frame that is no data frame ends it: a compromised source cannot open or commit anything on
+//! the destination through here.
 
 use std::process::Stdio;
 
 use bytes::{Bytes, BytesMut};
 use kvm_clone_protocol::frame;
-use kvm_clone_protocol::message::Listening;
-use kvm_clone_protocol::preamble::{self, PREAMBLE_LEN, Preamble};
+use kvm_clone_protocol::message::{Listening, MessageError};
+use kvm_clone_protocol::preamble::{self, PREAMBLE_LEN, Preamble, PreambleError, Versions};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::task::JoinHandle;
 
+use super::route::{LINK_TIME, token_line};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::AgentConnection;
 
@@ -27,20 +28,25 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// Attaches to both agents and starts to move frames.
+    /// Attaches to both agents, which are to announce these versions, and starts to move frames.
     ///
     /// # Errors
     /// When one of the data connections cannot be made.
     pub(super) async fn start(
-        source: (&AgentConnection, &Listening),
-        destination: (&AgentConnection, &Listening),
+        [source, destination]: [(&AgentConnection, &Listening); 2],
+        versions: Versions,
     ) -> Result<Self> {
         let (mut one, mut other) = tokio::try_join!(
             End::attach(source.0, source.1),
             End::attach(destination.0, destination.1)
         )?;
         // Each waits for the other's preamble before it says anything else.
-        let (ours, theirs) = tokio::try_join!(one.preamble(), other.preamble())?;
+        let preambles =
+            async { tokio::try_join!(one.preamble(versions), other.preamble(versions)) };
+        let (ours, theirs) = match tokio::time::timeout(LINK_TIME, preambles).await {
+            Ok(preambles) => preambles?,
+            Err(_) => return Err(broken(&format!("{} or {}", one.name, other.name))),
+        };
         one.write(&theirs.encode()).await?;
         other.write(&ours.encode()).await?;
         let (forth, back) = (
@@ -109,21 +115,18 @@ impl End {
             stdout,
             buffer: BytesMut::new(),
         };
-        end.write(super::route::token_line(&listening.token).as_bytes())
-            .await?;
+        end.write(token_line(&listening.token).as_bytes()).await?;
         Ok(end)
     }
 
-    async fn preamble(&mut self) -> Result<Preamble> {
+    async fn preamble(&mut self, versions: Versions) -> Result<Preamble> {
         loop {
-            let found = preamble::find(&mut self.buffer).map_err(|error| {
-                Error::new(
-                    ErrorCode::Protocol,
-                    format!("no data connection to {}", self.name),
-                )
-                .caused_by(error)
-            })?;
-            if let Some((preamble, _noise)) = found {
+            let refused = |error: PreambleError| {
+                let message = format!("no data connection to {}", self.name);
+                Error::new(ErrorCode::Protocol, message).caused_by(error)
+            };
+            if let Some((preamble, _noise)) = preamble::find(&mut self.buffer).map_err(refused)? {
+                versions.negotiate(preamble.versions).map_err(refused)?;
                 return Ok(preamble);
             }
             let read = self.stdout.read_buf(&mut self.buffer).await;
@@ -160,8 +163,8 @@ async fn pump(
             .map_err(|error| Error::from(error).context(format!("the agent on {from}")))?
         {
             if !frame.kind.is_data() {
-                tracing::warn!(%from, kind = ?frame.kind, "dropped a frame that is no data");
-                continue;
+                let error = Error::from(MessageError::Misplaced { kind: frame.kind });
+                return Err(error.context(format!("the agent on {from}")));
             }
             let mut head = BytesMut::new();
             frame.encode_head(&mut head);

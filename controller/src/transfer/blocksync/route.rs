@@ -8,14 +8,19 @@
 //! ```
 
 use std::os::unix::ffi::OsStringExt;
+use std::time::Duration;
 
-use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Token};
+use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Message, Token};
+use kvm_clone_protocol::preamble::Versions;
 
 use super::pair::{Pair, Side, unexpected};
 use super::relay::Relay;
 use crate::error::{Error, ErrorCode, Result};
 use crate::transfer::request::RouteChoice;
 use crate::transfer::result::Route;
+
+/// How long the making of a link may take: an agent gives up after 30 s.
+pub(super) const LINK_TIME: Duration = Duration::from_secs(40);
 
 /// The agents' data connection.
 #[derive(Debug)]
@@ -121,7 +126,9 @@ async fn direct(pair: &mut Pair, link: u32) -> Result<Connection> {
 async fn relay(pair: &mut Pair, link: u32) -> Result<Connection> {
     let source = listen(pair, Side::Source, link).await?;
     let destination = listen(pair, Side::Destination, link).await?;
-    let relay = Relay::start((&pair.source, &source), (&pair.destination, &destination)).await?;
+    let versions = Versions::only(link_version(pair));
+    let ends = [(&pair.source, &source), (&pair.destination, &destination)];
+    let relay = Relay::start(ends, versions).await?;
     Ok(Connection {
         route: Route::Relay,
         link,
@@ -137,8 +144,8 @@ fn link_version(pair: &Pair) -> u16 {
 
 async fn listen(pair: &mut Pair, side: Side, link: u32) -> Result<Listening> {
     let version = link_version(pair);
-    match pair.ask(side, None, &Listen { link, version }).await? {
-        Control::Listening(listening) => Ok(listening),
+    match ask_now(pair, side, &Listen { link, version }).await? {
+        Control::Listening(listening) if listening.link == link => Ok(listening),
         answer => Err(unexpected("listen", &answer)),
     }
 }
@@ -158,10 +165,20 @@ async fn dial(
         token: listening.token,
         name: listening.name.clone(),
     };
-    match pair.ask(side, None, &dial).await? {
-        Control::Dialed(_) => Ok(()),
+    match ask_now(pair, side, &dial).await? {
+        Control::Dialed(dialed) if dialed.link == dial.link => Ok(()),
         answer => Err(unexpected("dial", &answer)),
     }
+}
+
+/// Asks for what takes an agent no longer than it waits for a link itself.
+async fn ask_now<M: Message>(pair: &mut Pair, side: Side, request: &M) -> Result<Control> {
+    let asked = tokio::time::timeout(LINK_TIME, pair.ask(side, None, request)).await;
+    asked.unwrap_or_else(|_| {
+        let host = pair.side(side).host();
+        let message = format!("{host} makes no data connection");
+        Err(Error::new(ErrorCode::Interrupted, message))
+    })
 }
 
 /// The token as `attach` reads it.

@@ -8,7 +8,7 @@ use kvm_clone_protocol::digest::{Digest, Seed};
 use kvm_clone_protocol::message::{
     Apply, Control, Counters, DiskKind, Ended, Role, SessionParams, Start, Started,
 };
-use kvm_clone_protocol::units::BLOCK_SIZE;
+use kvm_clone_protocol::units::{BLOCK_SIZE, MAX_DISK_SIZE};
 
 use super::pair::{Pair, Side, unexpected};
 use super::route::{self, Connection};
@@ -18,6 +18,9 @@ use crate::progress::Progress;
 use crate::transfer::request::{Operation, Request, RouteChoice};
 use crate::transfer::result::Route;
 use crate::transfer::{At as _, Context, Job, Stopped};
+
+/// The most warnings of one disk: an agent has a handful.
+const MAX_WARNINGS: usize = 100;
 
 /// What both ends agreed on for a disk, where anything was shipped.
 pub(super) type Root = Option<Digest>;
@@ -180,16 +183,22 @@ impl<'a, 'b> Sessions<'a, 'b> {
             (_, Control::Warning(warning)) => {
                 let at = warning.disk.and_then(|disk| usize::try_from(disk).ok());
                 let at = at.filter(|at| *at < self.jobs.len()).unwrap_or(0);
-                self.jobs[at].result.warnings.push(warning.message);
+                let warnings = &mut self.jobs[at].result.warnings;
+                if warnings.len() >= MAX_WARNINGS {
+                    return Err(protocol("an agent warns without end").into());
+                }
+                warnings.push(warning.message);
                 Ok(())
             }
             (Side::Source, Control::Progress(news)) => {
                 let at = self.at(news.disk)?;
+                self.check(at, &news.counters).at(at)?;
                 self.jobs[at].result.count_sender(&news.counters);
                 Ok(())
             }
             (Side::Destination, Control::Progress(news)) => {
                 let at = self.at(news.disk)?;
+                self.check(at, &news.counters).at(at)?;
                 let result = &mut self.jobs[at].result;
                 result.count_receiver(&news.counters);
                 let read = result.bytes_read_source;
@@ -208,17 +217,56 @@ impl<'a, 'b> Sessions<'a, 'b> {
         let at = usize::try_from(disk).ok();
         at.filter(|at| self.running.contains_key(at))
             .ok_or_else(|| {
-                let message = format!("an agent speaks of disk {disk}, on which nothing runs");
-                Error::new(ErrorCode::Protocol, message)
+                protocol(format!(
+                    "an agent speaks of disk {disk}, on which nothing runs"
+                ))
             })
+    }
+
+    /// Refuses counters that no session on this disk can have.
+    fn check(&self, at: usize, counters: &Counters) -> Result<()> {
+        let blocks = self.blocks(at);
+        let shipped = counters
+            .blocks_changed
+            .checked_add(counters.blocks_zeroed)
+            .filter(|shipped| *shipped <= counters.blocks_settled);
+        let is_counted = counters.blocks_settled <= blocks && shipped.is_some();
+        let bytes = [
+            counters.bytes_data,
+            counters.bytes_read,
+            counters.bytes_wire,
+            counters.bytes_changed,
+        ];
+        // What is read, and what is carried besides, may be more than the disk holds.
+        if is_counted && bytes.iter().all(|bytes| *bytes <= MAX_DISK_SIZE) {
+            return Ok(());
+        }
+        let disk = &self.jobs[at].result.source;
+        Err(protocol(format!("an agent counts what {disk} cannot have")))
+    }
+
+    fn blocks(&self, at: usize) -> u64 {
+        self.disks[at].source.size.div_ceil(BLOCK_SIZE)
     }
 
     fn ended(&mut self, side: Side, ended: Ended) -> Result<(), Stopped> {
         let at = self.at(ended.disk)?;
+        self.check(at, &ended.counters).at(at)?;
+        let blocks = self.blocks(at);
+        if ended.first_difference.is_some_and(|block| block >= blocks) {
+            return Err(protocol("an agent finds a difference beyond the disk")).at(at);
+        }
         let result = &mut self.jobs[at].result;
         let Some(running) = self.running.get_mut(&at) else {
             return Ok(());
         };
+        let before = match side {
+            Side::Source => &running.sent,
+            Side::Destination => &running.received,
+        };
+        if before.is_some() {
+            return Err(protocol("an agent ends a session twice")).at(at);
+        }
         match side {
             Side::Source => {
                 result.count_sender(&ended.counters);
@@ -246,6 +294,10 @@ impl<'a, 'b> Sessions<'a, 'b> {
         }
         Ok(())
     }
+}
+
+fn protocol(message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::Protocol, message)
 }
 
 fn start(request: &Request, disk: u32, link: u32, role: Role, params: SessionParams) -> Start {

@@ -56,14 +56,10 @@ impl Session {
         loop {
             self.turn(&mut link, pool, &compressor, &done_to);
             compressor.set_wire_bound(self.machine.is_wire_bound());
-            if let Some(outcome) = self.machine.outcome()
+            if let Some(outcome) = self.outcome()
                 && link.writer.is_empty()
             {
-                let counters = with_preambles(outcome.counters);
-                return Ok(Outcome {
-                    counters,
-                    ..outcome
-                });
+                return Ok(outcome);
             }
             let silent = tokio::time::sleep_until(link.reader.heard() + SILENCE);
             tokio::select! {
@@ -82,9 +78,12 @@ impl Session {
                 }
                 written = link.writer.write_some() => {
                     if let Err(error) = written {
-                        return Err(Failure::link(format!(
-                            "writing to the peer: {error}{}", link.last_words().await
-                        )));
+                        return match self.hear_out(&mut link).await {
+                            Some(outcome) => Ok(outcome),
+                            None => Err(Failure::link(format!(
+                                "writing to the peer: {error}{}", link.last_words().await
+                            ))),
+                        };
                     }
                 }
                 () = silent => if link.reader.heard().elapsed() >= SILENCE {
@@ -98,6 +97,31 @@ impl Session {
                 _ = ticks.tick() => report(with_preambles(self.machine.counters())),
             }
         }
+    }
+
+    fn outcome(&self) -> Option<Outcome> {
+        let outcome = self.machine.outcome()?;
+        let counters = with_preambles(outcome.counters);
+        Some(Outcome {
+            counters,
+            ..outcome
+        })
+    }
+
+    /// Hears the rest of a peer that hears nothing any more: if it has said its last word, all is
+    /// well, and what could not be written is nothing that it waited for.
+    async fn hear_out(&mut self, link: &mut Link) -> Option<Outcome> {
+        if self.machine.outcome().is_some() {
+            return None;
+        }
+        let heard = async {
+            while self.machine.outcome().is_none() {
+                let frame = link.reader.next().await.ok()??;
+                self.machine.handle_frame(&frame).ok()?;
+            }
+            self.outcome()
+        };
+        tokio::time::timeout(SILENCE, heard).await.ok()?
     }
 
     /// Does all that the machine wants now. What it sends may make room for operations.

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::network::inside;
 use crate::process::{agents_in, tool, wait_for};
 use crate::skip::find_tool;
 
@@ -33,6 +34,15 @@ pub struct HostSpec {
     shell: &'static str,
     setup: String,
     bashrc: String,
+    network: Option<Place>,
+}
+
+/// Where a host is reached, if not on the loopback of the machine.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    /// The network namespace.
+    pub(crate) namespace: String,
+    pub(crate) address: String,
 }
 
 impl HostSpec {
@@ -44,6 +54,7 @@ impl HostSpec {
             shell: "/bin/bash",
             setup: String::new(),
             bashrc: String::new(),
+            network: None,
         }
     }
 
@@ -62,6 +73,14 @@ impl HostSpec {
         }
     }
 
+    /// In a network of its own.
+    pub(crate) fn network(self, place: Place) -> Self {
+        Self {
+            network: Some(place),
+            ..self
+        }
+    }
+
     /// The contents of root's .bashrc, which bash reads when sshd starts it.
     #[must_use]
     pub fn bashrc(self, contents: &str) -> Self {
@@ -72,11 +91,19 @@ impl HostSpec {
     }
 }
 
+impl HostSpec {
+    fn address(&self) -> &str {
+        let place = self.network.as_ref();
+        place.map_or("127.0.0.1", |place| &place.address)
+    }
+}
+
 /// A running host.
 #[derive(Debug)]
 pub struct Host {
     name: &'static str,
     directory: PathBuf,
+    address: String,
     port: u16,
     process: Child,
     mount_namespace: OsString,
@@ -108,12 +135,13 @@ impl Host {
         private(&directory.join("root/.ssh"));
         write(&directory.join("setup"), &setup_script(spec, &directory));
         let (process, port) = (0..PORT_ATTEMPTS)
-            .find_map(|_| try_start(&directory))
+            .find_map(|_| try_start(spec, &directory))
             .unwrap_or_else(|| panic!("{} does not come up: {}", spec.name, log(&directory)));
         let mount_namespace = mount_namespace(&process);
         Self {
             name: spec.name,
             directory,
+            address: spec.address().to_owned(),
             port,
             process,
             mount_namespace,
@@ -126,7 +154,13 @@ impl Host {
         self.name
     }
 
-    /// The port on 127.0.0.1.
+    /// Where it is reached.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The port there.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
@@ -196,7 +230,8 @@ impl Host {
     #[must_use]
     pub fn known_hosts_line(&self) -> String {
         format!(
-            "[127.0.0.1]:{} {}",
+            "[{}]:{} {}",
+            self.address,
             self.port,
             read(&self.directory.join("etc/host_key.pub"))
         )
@@ -246,24 +281,20 @@ impl Drop for Host {
     }
 }
 
-fn try_start(directory: &Path) -> Option<(Child, u16)> {
+fn try_start(spec: &HostSpec, directory: &Path) -> Option<(Child, u16)> {
     let port = free_port();
     write(
         &directory.join("etc/sshd_config"),
-        &sshd_config(directory, port),
+        &sshd_config(directory, spec.address(), port),
     );
+    let network = spec.network.iter();
+    let network = network.flat_map(|place| ["ip", "netns", "exec", &place.namespace]);
     let log = fs::File::create(directory.join("log")).expect("a host's directory is writable");
     // setpriv: the host ends with the thread that started it, however that ends.
     let mut process = Command::new("setpriv")
-        .args([
-            "--pdeathsig",
-            "KILL",
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-        ])
+        .args(["--pdeathsig", "KILL"])
+        .args(network)
+        .args(["unshare", "--mount", "--propagation", "private", "--pid"])
         .args(["--fork", "--kill-child", "--mount-proc", "/bin/sh"])
         .arg(directory.join("setup"))
         .current_dir("/")
@@ -281,20 +312,27 @@ fn try_start(directory: &Path) -> Option<(Child, u16)> {
         if process.try_wait().ok().flatten().is_some() {
             return Some(false);
         }
-        greets(port).then_some(true)
+        greets(spec, port).then_some(true)
     });
     answered.then_some((process, port))
 }
 
 /// Whether something on the port speaks ssh.
-fn greets(port: u16) -> bool {
-    let address = SocketAddr::from(([127, 0, 0, 1], port));
-    let Ok(mut stream) = TcpStream::connect_timeout(&address, PATIENCE) else {
-        return false;
+fn greets(spec: &HostSpec, port: u16) -> bool {
+    let address = spec.address().parse().expect("an address is one");
+    let address = SocketAddr::new(address, port);
+    let greets = || {
+        let Ok(mut stream) = TcpStream::connect_timeout(&address, PATIENCE) else {
+            return false;
+        };
+        let _ = stream.set_read_timeout(Some(PATIENCE));
+        let mut banner = [0; 4];
+        stream.read_exact(&mut banner).is_ok() && &banner == b"SSH-"
     };
-    let _ = stream.set_read_timeout(Some(PATIENCE));
-    let mut banner = [0; 4];
-    stream.read_exact(&mut banner).is_ok() && &banner == b"SSH-"
+    match &spec.network {
+        Some(place) => inside(&place.namespace, greets),
+        None => greets(),
+    }
 }
 
 fn free_port() -> u16 {
@@ -344,11 +382,11 @@ fn setup_script(spec: &HostSpec, directory: &Path) -> String {
     script
 }
 
-fn sshd_config(directory: &Path, port: u16) -> String {
+fn sshd_config(directory: &Path, address: &str, port: u16) -> String {
     let etc = directory.join("etc");
     let etc = etc.display();
     format!(
-        "ListenAddress 127.0.0.1\nPort {port}\nHostKey {etc}/host_key\nPidFile none\n\
+        "ListenAddress {address}\nPort {port}\nHostKey {etc}/host_key\nPidFile none\n\
          AuthorizedKeysFile {etc}/authorized_keys\nPermitRootLogin prohibit-password\n\
          PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nStrictModes no\n\
          MaxStartups 100:30:200\nMaxSessions 100\nUseDNS no\nSubsystem sftp internal-sftp\n\

@@ -8,9 +8,10 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::controller::{Controller, Run, Running};
-use crate::host::{Host, HostSpec, PATIENCE, make_key};
+use crate::host::{Host, HostSpec, PATIENCE, Place, make_key};
 use crate::journey::Journey;
 use crate::mount::{FileSystem, Kind, LoopDevice};
+use crate::network::Network;
 use crate::outcome::Outcome;
 use crate::process::{ssh_clients_of, wait_for};
 use crate::skip::{obstacle, skip};
@@ -26,6 +27,7 @@ pub struct LabSpec {
     mounts: Vec<FileSystem>,
     host_a: HostSpec,
     host_b: HostSpec,
+    network: Option<Network>,
 }
 
 /// Two hosts and a controller. Fields are dropped in order: hosts before what they use.
@@ -37,6 +39,7 @@ pub struct Lab {
     pub b: Host,
     /// The controller, on this machine.
     pub controller: Controller,
+    network: Option<Network>,
     mounts: Vec<FileSystem>,
     directory: TempDir,
 }
@@ -70,6 +73,7 @@ impl LabSpec {
             mounts: Vec::new(),
             host_a,
             host_b,
+            network: None,
         })
     }
 
@@ -91,6 +95,23 @@ impl LabSpec {
     #[must_use]
     pub fn mounts(&self) -> &[FileSystem] {
         &self.mounts
+    }
+
+    /// Controller and hosts reach each other over connections that can be cut.
+    #[must_use]
+    pub fn networked(self) -> Self {
+        let network = Network::new(2);
+        let place = |host| Place {
+            namespace: network.host(host).to_owned(),
+            address: Network::address(host),
+        };
+        let spec = self
+            .host_a(|spec| spec.network(place(0)))
+            .host_b(|spec| spec.network(place(1)));
+        Self {
+            network: Some(network),
+            ..spec
+        }
     }
 
     /// Another hvA.
@@ -132,11 +153,15 @@ impl LabSpec {
             .map(|host| host.known_hosts_line())
             .collect();
         fs::write(home.join(".ssh/known_hosts"), known).expect("a home is writable");
-        let controller = Controller::new(home, config);
+        let mut controller = Controller::new(home, config);
+        if let Some(network) = &self.network {
+            controller = controller.within(&network.controller());
+        }
         Lab {
             a,
             b,
             controller,
+            network: self.network,
             mounts: self.mounts,
             directory: self.directory,
         }
@@ -204,6 +229,15 @@ impl Lab {
         &self.mounts
     }
 
+    /// What connects controller and hosts, hvA as 0 and hvB as 1.
+    ///
+    /// # Panics
+    /// When it is the machine's loopback.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("a networked laboratory")
+    }
+
     /// Runs a `disk` command on two paths.
     pub fn disk(&self, verb: &str, by: Journey, from: &Path, to: &Path, options: &[&str]) -> Run {
         self.start_disk(verb, by, from, to, options).wait()
@@ -252,8 +286,9 @@ fn ssh_config(home: &Path, hosts: &[&Host]) -> String {
     let home = home.display();
     let entry = |host: &&Host| {
         format!(
-            "Host {}\n  HostName 127.0.0.1\n  Port {}\n  User root\n",
+            "Host {}\n  HostName {}\n  Port {}\n  User root\n",
             host.name(),
+            host.address(),
             host.port()
         )
     };

@@ -29,6 +29,8 @@ pub mod image;
 pub mod journey;
 pub mod lab;
 pub mod mount;
+pub mod namespace;
+pub mod network;
 pub mod outcome;
 pub mod process;
 pub mod recorded;

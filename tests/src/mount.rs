@@ -148,6 +148,20 @@ impl FileSystem {
         }
     }
 
+    /// The same on an image, whose loop device goes with the mount, however that ends.
+    ///
+    /// # Panics
+    /// When it cannot be made, or has no image.
+    #[must_use]
+    pub fn on_image(kind: Kind, size: u64, image: &Path, directory: &Path) -> Self {
+        let file = std::fs::File::create(image).expect("the laboratory's directory is writable");
+        file.set_len(size).expect("a sparse file takes no room");
+        let (mkfs, args) = kind.mkfs().expect("a file system on an image");
+        let args = args.iter().map(AsRef::as_ref);
+        tool(mkfs, args.chain([image.as_os_str()]));
+        Self::of_image(image, "rw", directory)
+    }
+
     /// Mounts the file system that an image holds, on a loop device that goes with the mount,
     /// however that ends.
     ///

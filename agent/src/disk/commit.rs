@@ -87,6 +87,13 @@ impl Destination {
         let disk = &work.disk;
         if let (Some(overlay), Some(base)) = (&disk.overlay, &self.base) {
             let sum = overlay.sync()?;
+            overlay
+                .journal
+                .update(|header| {
+                    header.size = geometry.size();
+                    header.reserved = true;
+                })
+                .map_err(|error| self.journal_failed(&error))?;
             overlay.reserve(base, geometry)?;
             return Ok(sum);
         }
@@ -262,7 +269,7 @@ impl Destination {
     ) -> Result<(), Failure> {
         if let Some(journal) = journal {
             let header = journal.header();
-            if header.state == State::Prepared
+            if header.reserved
                 && let Some(geometry) = Geometry::new(header.size)
             {
                 unreserve(journal, base, geometry)?;

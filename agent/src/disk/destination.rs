@@ -60,12 +60,10 @@ impl Work {
     /// Whether what has arrived may be nowhere, since it could not be made durable.
     pub(super) fn is_doubtful(&self) -> bool {
         let stage = self.disk.overlay.as_ref().map(Overlay::stage);
+        let journal = self.journal.as_ref();
         self.disk.image().file.is_doubtful()
             || stage.is_some_and(|stage| stage.file.is_doubtful())
-            || self
-                .journal
-                .as_ref()
-                .is_some_and(|journal| journal.is_doubtful())
+            || journal.is_some_and(|journal| journal.is_doubtful())
     }
 }
 
@@ -85,6 +83,8 @@ pub(crate) struct Begun {
 struct Before {
     journal: Option<Journal>,
     torn: bool,
+    /// It is gone: what lies there now is this run's.
+    cleared: bool,
     warnings: Vec<String>,
 }
 
@@ -158,7 +158,8 @@ impl Destination {
             None => self.begin_new(geometry)?,
             Some(base) => {
                 before = self.before(&base)?;
-                self.begin_on(&base, geometry, choice, stage_dir, &mut before)?
+                self.begin_on(&base, geometry, choice, stage_dir, &mut before)
+                    .inspect_err(|_| self.let_go(&base, &before))?
             }
         };
         let begun = Begun {
@@ -204,11 +205,13 @@ impl Destination {
         } else {
             DiskFile::create(&path)
         };
-        let image = self.hold(
-            file.map_err(|error| self.create_failed(&path, &error))?,
-            !left,
-        )?;
-        image.grow(geometry)?;
+        let file = file.map_err(|error| self.create_failed(&path, &error))?;
+        let image = self.hold(file, !left)?;
+        image.grow(geometry).inspect_err(|_| {
+            if !left {
+                let _ = self.remove_own(&path);
+            }
+        })?;
         Ok(Work {
             apply: Apply::New,
             disk: Arc::new(Disk::of(Arc::new(image))),
@@ -223,7 +226,7 @@ impl Destination {
         geometry: Geometry,
         before: &mut Before,
     ) -> Result<Work, Failure> {
-        self.clear_away(base, before.journal.take().as_ref())?;
+        self.start_over(base, before)?;
         let header = Header {
             torn: before.torn,
             ..self.header(base, Way::Inplace, PathBuf::new())?
@@ -269,7 +272,7 @@ impl Destination {
             None => {
                 // Where none can be made, what waits from an earlier run is of use.
                 let file = self.make_clone(base)?;
-                self.clear_away(base, before.journal.take().as_ref())?;
+                self.start_over(base, before)?;
                 let header = Header {
                     torn: before.torn,
                     ..self.header(base, Way::Reflink, PathBuf::new())?
@@ -344,7 +347,7 @@ impl Destination {
                 (file, journal)
             }
             None => {
-                self.clear_away(base, before.journal.take().as_ref())?;
+                self.start_over(base, before)?;
                 let path = self.stage_path(base, stage_dir)?;
                 let header = Header {
                     torn: before.torn,
@@ -389,6 +392,22 @@ impl Destination {
         Ok(directory.join(own.file_name().expect("a name with a suffix")))
     }
 
+    /// What an earlier run has left is of no use.
+    fn start_over(&self, base: &Image, before: &mut Before) -> Result<(), Failure> {
+        before.cleared = true;
+        self.clear_away(base, before.journal.take().as_ref())
+    }
+
+    /// Nothing came of this run: as far as that is possible, nothing is left of it.
+    fn let_go(&self, base: &Image, before: &Before) {
+        if before.cleared
+            && self.clear_away(base, None).is_ok()
+            && let Ok(Some(journal)) = Journal::open(&self.names.journal())
+        {
+            let _ = self.end_journal(&journal, before.torn);
+        }
+    }
+
     /// Looks at what an earlier run has left beside the old version.
     fn before(&self, base: &Image) -> Result<Before, Failure> {
         let path = self.names.journal();
@@ -431,6 +450,7 @@ impl Destination {
             state: State::Open,
             base: self.base_of(base)?,
             size: 0,
+            reserved: false,
             reread: false,
             sum: Sum::default(),
             torn: false,

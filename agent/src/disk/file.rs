@@ -10,10 +10,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
 use nix::unistd::linkat;
 
+use super::call::{Op, call, call_with};
 use super::confinement::{directory, reach};
 
 /// `FICLONE` of linux/fs.h: the file shares all blocks of another.
@@ -37,39 +38,42 @@ impl DiskFile {
 
     /// Makes a file that only its owner can use; something of that name is an error.
     pub(super) fn create(path: &Path) -> io::Result<Self> {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(reach(path)?.path())
-            .map(Self::new)
+        let reached = reach(path)?;
+        call(Op::Create, &path, || {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(reached.path())
+        })
+        .map(Self::new)
     }
 
     /// Makes a file without a name in a directory; it is gone with its descriptor unless it is
     /// [named](Self::link).
     pub(super) fn create_nameless(at: &Path) -> io::Result<Self> {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_TMPFILE)
-            .mode(0o600)
-            .open(directory(at)?.path())
-            .map(Self::new)
+        let directory = directory(at)?;
+        call(Op::Create, &at, || {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_TMPFILE)
+                .mode(0o600)
+                .open(directory.path())
+        })
+        .map(Self::new)
     }
 
     /// Gives such a file its name, unless something has it.
     pub(super) fn link(&self, path: &Path) -> io::Result<()> {
         let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let follow = AtFlags::AT_SYMLINK_FOLLOW;
-        let path = reach(path)?;
-        Ok(linkat(
-            AT_FDCWD,
-            own.as_str(),
-            AT_FDCWD,
-            path.path(),
-            follow,
-        )?)
+        let reached = reach(path)?;
+        call(Op::Link, &path, || {
+            let (own, path) = (own.as_str(), reached.path());
+            Ok(linkat(AT_FDCWD, own, AT_FDCWD, path, follow)?)
+        })
     }
 
     /// Opens a file that is there, and never what a symbolic link leads to.
@@ -93,12 +97,9 @@ impl DiskFile {
 
     /// Reads some bytes, at least one unless the end is reached.
     pub(super) fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
-        loop {
-            match self.file.read_at(bytes, offset) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result,
-            }
-        }
+        call_with(Op::Read, &self.file, bytes.len(), |len| {
+            self.file.read_at(&mut bytes[..len], offset)
+        })
     }
 
     /// Reads until `bytes` is full or the end is reached; returns how many were there.
@@ -117,25 +118,26 @@ impl DiskFile {
     pub(super) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut written = 0;
         while written < bytes.len() {
-            match self
-                .file
-                .write_at(&bytes[written..], offset + written as u64)
-            {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => written += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            let rest = &bytes[written..];
+            let at = offset + written as u64;
+            let write = |len| self.file.write_at(&rest[..len], at);
+            match call_with(Op::Write, &self.file, rest.len(), write)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => written += n,
             }
         }
         Ok(())
     }
 
     /// Makes contents and length durable. That cannot be tried again: the kernel then takes what
-    /// it could not write for written, and says that all is well.
+    /// it could not write for written, and says that all is well. So it is made to forget it, and
+    /// what is read from now on is what the disk has.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.file
-            .sync_all()
-            .inspect_err(|_| self.is_doubtful.store(true, Ordering::Release))
+        call(Op::Sync, &self.file, || self.file.sync_all()).inspect_err(|_| {
+            self.is_doubtful.store(true, Ordering::Release);
+            let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+            let _ = posix_fadvise(&self.file, 0, 0, advice);
+        })
     }
 
     /// Whether what was written may be nowhere, since an fsync has failed.
@@ -144,7 +146,7 @@ impl DiskFile {
     }
 
     pub(super) fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
+        call(Op::SetLen, &self.file, || self.file.set_len(len))
     }
 
     /// `fallocate`; nothing to do for no bytes.
@@ -157,24 +159,22 @@ impl DiskFile {
         if len == 0 {
             return Ok(());
         }
-        loop {
-            match fallocate(self.file.as_fd(), flags, offset, len) {
-                Err(Errno::EINTR) => {}
-                result => return result,
-            }
-        }
+        call(Op::Allocate, &self.file, || {
+            Ok(fallocate(self.file.as_fd(), flags, offset, len)?)
+        })
+        .map_err(|error| Errno::try_from(error).unwrap_or(Errno::EIO))
     }
 
     /// Makes this file hold what `other` holds, by sharing its blocks.
     pub(super) fn clone_from(&self, other: &Self) -> io::Result<()> {
-        // SAFETY: both descriptors are open for as long as they are borrowed; the request reads
-        // no memory of ours.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FICLONE, other.file.as_raw_fd()) };
-        if result == -1 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        call(Op::Clone, &self.file, || {
+            // SAFETY: both descriptors are open for as long as they are borrowed; the request
+            // reads no memory of ours.
+            match unsafe { libc::ioctl(self.file.as_raw_fd(), FICLONE, other.file.as_raw_fd()) } {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        })
     }
 }
 

@@ -31,7 +31,7 @@ use crate::failure::Failure;
 
 const FORMAT: Format = Format {
     magic: *b"kc-jrnl\n",
-    version: 1,
+    version: 2,
     // A path, twice over, with room.
     slot_len: 16 * 1024,
 };
@@ -98,8 +98,10 @@ pub(super) struct Header {
     pub(super) state: State,
     /// The old version.
     pub(super) base: Base,
-    /// Bytes of the new version, known once it is prepared.
+    /// Bytes of the new version, known once space is reserved for it, or it is prepared.
     pub(super) size: u64,
+    /// In the old version there may be space for blocks that are holes.
+    pub(super) reserved: bool,
     /// What is written must be read again past the page cache.
     pub(super) reread: bool,
     /// Staged entries, and a checksum over all of them, known once they are complete.
@@ -359,6 +361,7 @@ mod tests {
                 modified: (1, 2),
             },
             size: 0,
+            reserved: false,
             reread: false,
             sum: Sum::default(),
             torn: false,

@@ -9,10 +9,13 @@
 
 mod attributes;
 mod cache;
+mod call;
 mod claims;
 mod commit;
 mod confinement;
 mod destination;
+#[cfg(any(test, feature = "fault-injection"))]
+mod faults;
 mod file;
 mod holders;
 mod image;

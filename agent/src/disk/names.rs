@@ -20,10 +20,11 @@ use std::path::{Path, PathBuf};
 
 use kvm_clone_protocol::PARTIAL_SUFFIX;
 use kvm_clone_protocol::message::FailureCode;
-use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::libc;
 use serde::{Deserialize, Serialize};
 
+use super::call::{Op, call};
 use super::confinement::{self, reach};
 use super::state;
 use crate::failure::Failure;
@@ -213,25 +214,34 @@ pub(super) mod path_bytes {
 
 /// Renames without replacing anything.
 pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    let (from, to) = (reach(from)?, reach(to)?);
-    let (from, to) = (from.path(), to.path());
-    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+    let (reached_from, reached_to) = (reach(from)?, reach(to)?);
+    let (old, new) = (reached_from.path(), reached_to.path());
+    let flags = RenameFlags::RENAME_NOREPLACE;
+    let renamed = call(Op::Rename, &to, || {
+        Ok(renameat2(AT_FDCWD, old, AT_FDCWD, new, flags)?)
+    });
+    match renamed.as_ref().map_err(io::Error::raw_os_error) {
         // A file system without RENAME_NOREPLACE: a hard link does not replace either.
-        Err(Errno::EINVAL | Errno::ENOSYS) => {
-            std::fs::hard_link(from, to).and_then(|()| std::fs::remove_file(from))
+        Err(Some(libc::EINVAL | libc::ENOSYS)) => {
+            call(Op::Link, &to, || std::fs::hard_link(old, new))?;
+            call(Op::Remove, &from, || std::fs::remove_file(old))
         }
-        result => Ok(result?),
+        _ => renamed,
     }
 }
 
 /// Renames in place of what is there.
 pub(super) fn rename_over(from: &Path, to: &Path) -> io::Result<()> {
-    std::fs::rename(reach(from)?.path(), reach(to)?.path())
+    let (reached_from, reached_to) = (reach(from)?, reach(to)?);
+    call(Op::Rename, &to, || {
+        std::fs::rename(reached_from.path(), reached_to.path())
+    })
 }
 
 /// Removes a file, which need not be there; tells whether it was.
 pub(super) fn remove(path: &Path) -> io::Result<bool> {
-    match std::fs::remove_file(reach(path)?.path()) {
+    let reached = reach(path)?;
+    match call(Op::Remove, &path, || std::fs::remove_file(reached.path())) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
@@ -240,7 +250,8 @@ pub(super) fn remove(path: &Path) -> io::Result<bool> {
 
 /// Makes the names in a directory durable.
 pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(confinement::directory(directory)?.path())?.sync_all()
+    let file = File::open(confinement::directory(directory)?.path())?;
+    call(Op::SyncDirectory, &directory, || file.sync_all())
 }
 
 #[cfg(test)]

@@ -271,7 +271,8 @@ impl Overlay {
     }
 }
 
-/// Gives back the space that [`Overlay::reserve`] took in `base` for what a journal notes.
+/// Gives back the space that [`Overlay::reserve`] took in `base` for what a journal notes, or noted
+/// before a later run changed it to zeros.
 pub(super) fn unreserve(
     journal: &Journal,
     base: &Image,
@@ -286,7 +287,7 @@ pub(super) fn unreserve(
             first: index,
             count: 1,
         };
-        if matches!(entry, Entry::Data(_)) && base.is_hole(run, geometry)? {
+        if entry != Entry::None && base.is_hole(run, geometry)? {
             let (offset, len) = geometry.byte_range(run);
             // What cannot be given back is space, and no harm.
             let _ = base.file.allocate(punch(), offset, len);

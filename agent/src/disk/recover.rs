@@ -66,11 +66,11 @@ pub(crate) fn settle(path: &Path) -> Result<Vec<String>, Failure> {
     let mut warnings = Vec::new();
     for found in Run::all()? {
         match found {
-            Found::Left(run) if run.is_committed() && run.names(&path) => {
+            Found::Left(mut run) if run.is_committed() && run.names(&path) => {
                 if !is_covered(run.destinations()) {
                     return Err(not_all_covered(&path));
                 }
-                finish(&run)?;
+                finish(&mut run)?;
                 run.end()?;
                 warnings.push(finished(&path));
             }
@@ -78,7 +78,13 @@ pub(crate) fn settle(path: &Path) -> Result<Vec<String>, Failure> {
                 let message = format!("another sync of {} is under way", path.display());
                 return Err(Failure::new(FailureCode::Busy, message));
             }
-            _ => {}
+            // It may have been about this disk.
+            Found::Unreadable(note, why) => warnings.push(format!(
+                "the note of another run, {}, cannot be used: {why} (\"kvm-clone-ctl recover\" lists \
+                 it)",
+                note.display()
+            )),
+            Found::Left(_) | Found::Running(_) => {}
         }
     }
     // Another user's run, whose note is not for our eyes.
@@ -106,7 +112,8 @@ pub(super) fn take_over(names: &Names) -> Result<(), Failure> {
     for found in Run::all()? {
         if let Found::Left(run) = found
             && !run.is_committed()
-            && run.names(&names.path)
+            // One without destinations had not come that far.
+            && (run.names(&names.path) || run.destinations().is_empty())
         {
             run.drop_destination(&names.path)?;
         }
@@ -151,19 +158,19 @@ pub(crate) fn recover(recovery: Recovery) -> Result<Vec<Recovered>, Failure> {
     Ok(all)
 }
 
-fn recover_committed(run: Run, recovery: Recovery) -> Vec<Recovered> {
-    let each = |fate| -> Vec<Recovered> {
+fn recover_committed(mut run: Run, recovery: Recovery) -> Vec<Recovered> {
+    let each = |run: &Run, fate| -> Vec<Recovered> {
         let names = run.destinations().iter();
         names
             .map(|names| Recovered::new(&names.path, fate))
             .collect()
     };
     if recovery == Recovery::List {
-        return each(Fate::Unfinished);
+        return each(&run, Fate::Unfinished);
     }
-    match finish(&run) {
+    match finish(&mut run) {
         Ok(()) => {
-            let done = each(Fate::Finished);
+            let done = each(&run, Fate::Finished);
             match run.end() {
                 Ok(()) => done,
                 Err(failure) => vec![Recovered::failed(Path::new("/"), failure)],
@@ -196,7 +203,8 @@ fn not_all_covered(path: &Path) -> Failure {
 }
 
 /// Takes a committed run forward from wherever it stopped.
-fn finish(run: &Run) -> Result<(), Failure> {
+fn finish(run: &mut Run) -> Result<(), Failure> {
+    run.commit()?;
     let mut destinations = Vec::new();
     for names in run.destinations() {
         destinations.extend(Destination::reopen(names)?);

@@ -88,7 +88,9 @@ impl Run {
         } else {
             rename_over(&new, &path).map_err(failed)?;
         }
-        sync_directory(&directory).map_err(failed)?;
+        sync_directory(&directory)
+            .inspect_err(|_| drop(remove(&path)))
+            .map_err(failed)?;
         Ok(Self {
             path,
             file,
@@ -207,7 +209,8 @@ impl Run {
         self.write(note)
     }
 
-    /// From here on all destinations go forward.
+    /// From here on all destinations go forward. Whoever finds that noted notes it once more: it
+    /// may have been read from memory, and be nowhere else.
     ///
     /// # Errors
     /// [`Failure`] when it cannot be noted: then nothing has happened.

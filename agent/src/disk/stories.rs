@@ -14,6 +14,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use tempfile::TempDir;
 
 use super::destination::Begun;
+use super::faults::Scope;
 use super::journal::{Header, Journal, State};
 use super::recover::{forward, recover, settle};
 use super::*;
@@ -495,4 +496,100 @@ fn the_space_for_holes_is_reserved_and_given_back() {
     drop(story);
     assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
     assert_eq!(occupied(), 0);
+}
+
+#[test]
+fn space_that_was_reserved_is_given_back_by_whoever_lets_go() {
+    let ground = Ground::new();
+    let file = File::create(ground.disk()).unwrap();
+    file.set_len(geometry().size()).unwrap();
+    drop(file);
+    let occupied = || fs::metadata(ground.disk()).unwrap().blocks() * 512;
+    let begin = || {
+        let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+        (1..5).for_each(|index| put(&story.begun[0].disk, index, 99));
+        story
+    };
+    let mut story = begin();
+    // One block or two have their space by then: reserving may take two calls for each.
+    let full = Scope::new("allocate@/disk\":3+:ENOSPC");
+    let failure = story.destinations[0].prepare(geometry(), None).unwrap_err();
+    assert_eq!(failure.code, FailureCode::NoSpace);
+    assert!(occupied() > 0);
+    drop(full);
+    assert!(!story.destinations[0].abandon(failure.code));
+    assert_eq!((occupied(), ground.names()), (0, vec!["disk".to_owned()]));
+    drop(story);
+
+    // Of one that was prepared, and taken up.
+    begin().prepare();
+    assert_eq!(occupied(), 4 * BLOCK_SIZE);
+    let story = begin();
+    assert!(story.begun[0].resumed);
+    zero(&story.begun[0].disk, 2);
+    drop(story);
+    assert_eq!(fates(Recovery::RollBack), [Fate::RolledBack]);
+    assert_eq!(occupied(), 0);
+}
+
+#[test]
+fn what_is_staged_is_taken_up_where_no_copies_can_be_made() {
+    let ground = Ground::new();
+    let _no_copies = Scope::new("clone:1+:EOPNOTSUPP");
+    Story::begin(&[ground.disk()], ApplyChoice::Auto).change();
+    let story = Story::begin(&[ground.disk()], ApplyChoice::Auto);
+    let begun = &story.begun[0];
+    assert_eq!((begun.apply, begun.resumed), (Apply::Staged, true));
+}
+
+#[test]
+fn a_commit_that_was_found_is_durable_before_anything_goes_forward() {
+    let ground = Ground::new();
+    let mut story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    story.prepare();
+    story.note_commit();
+    drop(story);
+    let no_space = Scope::new("sync@/runs/:1:EIO");
+    assert_eq!(settle(&ground.disk()).unwrap_err().code, FailureCode::Io);
+    assert_eq!(ground.holds("disk"), OLD);
+    drop(no_space);
+    assert_eq!(settle(&ground.disk()).unwrap().len(), 1);
+    assert_eq!(ground.holds("disk"), NEW);
+}
+
+#[test]
+fn what_could_not_be_made_durable_is_let_go() {
+    let ground = Ground::new();
+    for name in ["disk", "fresh"] {
+        let mut story = Story::begin(&[ground.path(name)], ApplyChoice::Staged);
+        story.change();
+        let faults = Scope::new("sync:1:EIO");
+        let destination = &mut story.destinations[0];
+        let failure = destination.prepare(geometry(), None).unwrap_err();
+        assert_eq!(failure.code, FailureCode::Io);
+        drop(faults);
+        assert!(!destination.abandon(failure.code), "nothing is left");
+        assert_eq!(ground.names(), ["disk"]);
+    }
+}
+
+#[test]
+fn a_run_that_cannot_begin_leaves_nothing() {
+    for (choice, fault) in [
+        (ApplyChoice::Staged, "create@stage:1:ENOSPC"),
+        (ApplyChoice::Staged, "sync_directory:1:EIO"),
+        (ApplyChoice::Inplace, "set_len:1:ENOSPC"),
+    ] {
+        let ground = Ground::new();
+        let mut run = Run::begin().unwrap();
+        let mut destination = Destination::open(&ground.disk()).unwrap();
+        let larger = Geometry::new(2 * geometry().size()).unwrap();
+        let _faults = Scope::new(fault);
+        destination
+            .begin(larger, choice, None, &mut run)
+            .unwrap_err();
+        assert_eq!(ground.names(), ["disk"], "{fault}");
+        assert_eq!(ground.holds("disk"), OLD);
+    }
 }

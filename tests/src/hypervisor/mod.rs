@@ -10,7 +10,6 @@
 //! /etc/libvirt, /var/lib/kvm-clone, /root, /run and the temporary directories are their own.
 
 mod guest;
-mod network;
 mod site;
 mod vm;
 

@@ -10,13 +10,13 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::guest::Guest;
-use super::network::Network;
 use super::vm::Vm;
 use crate::controller::Controller;
 use crate::host::make_key;
 use crate::image::MIB;
 use crate::lab;
 use crate::mount::{FileSystem, Kind};
+use crate::network::Network;
 use crate::process::{agents_in, wait_for};
 use crate::skip::{find_tool, skip, vm_obstacle};
 

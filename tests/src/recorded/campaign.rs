@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use super::ground::Ground;
 use super::image::Image;
-use super::namespace::apart;
 use super::neighbour::Neighbour;
 use super::platter::{Cut, Platter};
 use super::record::Record;
@@ -20,6 +19,7 @@ use super::subject::Subject;
 use super::tally::Tally;
 use crate::image::Random;
 use crate::mount::Kind;
+use crate::namespace::apart;
 use crate::skip::{recording_obstacle, skip};
 
 /// Where runs with failures are kept, unless somewhere else is chosen.

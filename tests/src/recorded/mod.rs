@@ -21,7 +21,6 @@ mod fuse;
 mod ground;
 mod image;
 mod log;
-mod namespace;
 mod neighbour;
 mod platter;
 mod record;

@@ -1,6 +1,12 @@
 //! Network namespaces: one for the controller, with a bridge, and one for each host.
 
+use std::fs::File;
+use std::panic::resume_unwind;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
 
 use crate::mount::tear_down;
 use crate::process::tool;
@@ -9,16 +15,17 @@ use crate::process::tool;
 /// the same.
 const NET: &str = "10.99.7";
 
-/// The namespaces of a site; gone when dropped.
+/// The namespaces of a controller and its hosts; gone when dropped.
 #[derive(Debug)]
-pub(super) struct Network {
+pub struct Network {
     prefix: String,
     hosts: Vec<String>,
 }
 
 impl Network {
     /// Connects a controller and `n_hosts` hosts.
-    pub(super) fn new(n_hosts: usize) -> Self {
+    #[must_use]
+    pub fn new(n_hosts: usize) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let prefix = format!("kc{}-{number}", std::process::id());
@@ -42,7 +49,7 @@ impl Network {
     }
 
     fn connect(&mut self, host: usize, controller: &str) {
-        let (namespace, port) = (format!("{}-h{host}", self.prefix), format!("to-h{host}"));
+        let (namespace, port) = (format!("{}-h{host}", self.prefix), port(host));
         ip(&["netns", "add", &namespace]);
         self.hosts.push(namespace.clone());
         within(&namespace, &["link", "set", "lo", "up"]);
@@ -58,18 +65,31 @@ impl Network {
         within(&namespace, &["link", "set", "br0", "up"]);
     }
 
+    /// From now on nothing reaches a host any more, and nobody is told.
+    pub fn cut(&self, host: usize) {
+        within(&self.controller(), &["link", "set", &port(host), "down"]);
+    }
+
+    /// It is reached again.
+    pub fn mend(&self, host: usize) {
+        within(&self.controller(), &["link", "set", &port(host), "up"]);
+    }
+
     /// The controller's namespace.
-    pub(super) fn controller(&self) -> String {
+    #[must_use]
+    pub fn controller(&self) -> String {
         format!("{}-ctl", self.prefix)
     }
 
     /// A host's namespace.
-    pub(super) fn host(&self, host: usize) -> &str {
+    #[must_use]
+    pub fn host(&self, host: usize) -> &str {
         &self.hosts[host]
     }
 
     /// A host's address.
-    pub(super) fn address(host: usize) -> String {
+    #[must_use]
+    pub fn address(host: usize) -> String {
         format!("{NET}.{}", host + 11)
     }
 }
@@ -81,6 +101,26 @@ impl Drop for Network {
             tear_down("ip", &["netns".as_ref(), "del".as_ref(), name.as_ref()]);
         }
     }
+}
+
+/// The controller's end of the connection with a host.
+fn port(host: usize) -> String {
+    format!("to-h{host}")
+}
+
+/// Does something in a namespace, on a thread that ends there.
+///
+/// # Panics
+/// When there is no such namespace, or it cannot be done.
+pub fn inside<T: Send>(namespace: &str, body: impl FnOnce() -> T + Send) -> T {
+    let path = Path::new("/run/netns").join(namespace);
+    let entered = || {
+        let namespace = File::open(&path).expect("a namespace has a name");
+        setns(namespace, CloneFlags::CLONE_NEWNET).expect("root may enter a namespace");
+        body()
+    };
+    let joined = thread::scope(|scope| scope.spawn(entered).join());
+    joined.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 fn ip(args: &[&str]) {

@@ -14,7 +14,7 @@ use crate::process::tool;
 ///
 /// # Panics
 /// When `body` does, or without the right to have one.
-pub(super) fn apart<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+pub fn apart<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     let name = thread::current().name().unwrap_or("apart").to_owned();
     let separate = || {
         unshare(CloneFlags::CLONE_NEWNS).expect("root may have a mount namespace");

@@ -22,6 +22,7 @@ pub mod ground;
 pub mod lies;
 pub mod link;
 pub mod mask;
+mod said;
 pub mod trial;
 pub mod watch;
 pub mod wire;

@@ -6,8 +6,10 @@
 mod agents;
 mod controllers;
 mod flips;
+mod floods;
 mod links;
 mod receivers;
+mod requests;
 mod senders;
 
 use kvm_clone_protocol::frame::{FrameKind, MAX_PAYLOAD};

@@ -23,7 +23,7 @@ pub const MAX_META: usize = 64 * 1024 - 1;
 pub const MAX_PAYLOAD: usize = 64 * 1024 + 1024;
 
 /// What a frame is. Kinds below 0x40 travel on control connections only, the others on data
-/// connections only; a relay drops anything else.
+/// connections only; a relay ends at anything else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[expect(

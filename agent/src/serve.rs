@@ -459,10 +459,11 @@ fn commit_all(slots: &[Option<&Slot>], run: &mut Option<Run>) -> Result<(), Fail
     }
     noted.commit()?;
     disk::forward(&destinations)?;
-    match run.take() {
-        Some(run) => run.end(),
-        None => Ok(()),
+    if let Some(run) = run.take() {
+        run.end()?;
     }
+    slots.iter().flatten().for_each(|slot| slot.committed());
+    Ok(())
 }
 
 /// The disk on a shelf.
@@ -536,6 +537,13 @@ async fn play_session(
     }
     if ships {
         ready.progress.end();
+    }
+    if let Some(keeping) = ready.keeping {
+        blocking(move || {
+            keeping.record();
+            Ok(())
+        })
+        .await?;
     }
     Ok(Ended {
         disk,

@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::channel::{BEAT, SILENCE};
 use crate::compress::Compressor;
-use crate::disk::{Disk, SessionContext};
+use crate::disk::{Disk, Kept, SessionContext};
 use crate::failure::Failure;
 use crate::link::Link;
 use crate::pool::Pool;
@@ -32,6 +32,8 @@ pub(crate) struct Session {
     pub(crate) geometry: Geometry,
     pub(crate) params: SessionParams,
     pub(crate) compression: Compression,
+    /// Digests of the disk that are kept from run to run.
+    pub(crate) kept: Option<Arc<Kept>>,
 }
 
 impl Session {
@@ -94,18 +96,27 @@ impl Session {
                 _ = beats.tick() => if link.writer.is_empty() {
                     link.writer.push(&Beat {}.frame()?);
                 },
-                _ = ticks.tick() => report(with_preambles(self.machine.counters())),
+                _ = ticks.tick() => report(self.counted(self.machine.counters())),
             }
         }
     }
 
     fn outcome(&self) -> Option<Outcome> {
         let outcome = self.machine.outcome()?;
-        let counters = with_preambles(outcome.counters);
+        let counters = self.counted(outcome.counters);
         Some(Outcome {
             counters,
             ..outcome
         })
+    }
+
+    /// The machine knows neither of the preambles, which are bytes between the agents too, nor of
+    /// what needed no reading.
+    fn counted(&self, mut counters: Counters) -> Counters {
+        counters.bytes_wire += 2 * PREAMBLE_LEN as u64;
+        counters.bytes_trusted = self.kept.as_ref().map_or(0, |kept| kept.bytes_trusted());
+        counters.bytes_read = counters.bytes_read.saturating_sub(counters.bytes_trusted);
+        counters
     }
 
     /// Hears the rest of a peer that hears nothing any more: if it has said its last word, all is
@@ -162,20 +173,16 @@ impl Session {
         };
         let digester = Digester::new(self.params.hash, self.params.seed);
         let (geometry, compressor, done) = (self.geometry, Arc::clone(compressor), done.clone());
+        let kept = self.kept.clone();
         pool.submit(move |scratch| {
             let context = SessionContext {
                 geometry,
                 digester,
                 compressor: &compressor,
+                kept: kept.as_deref(),
             };
             // A session that has ended meanwhile no longer listens.
             let _ = done.send((ticket, disk.run(op, &context, scratch)));
         });
     }
-}
-
-/// The preambles of a data connection are bytes between the agents too.
-fn with_preambles(mut counters: Counters) -> Counters {
-    counters.bytes_wire += 2 * PREAMBLE_LEN as u64;
-    counters
 }

@@ -14,13 +14,13 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_clone_protocol::digest::Digester;
 use kvm_clone_protocol::message::{
-    Access, Compression, FailureCode, Open, Opened, Prepare, Prepared, Role, SessionParams, Start,
-    Started,
+    Access, Compression, FailureCode, Keeps, Open, Opened, Prepare, Prepared, Role, SessionParams,
+    Start, Started,
 };
 use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
 
-use crate::disk::{self, Destination, Disk, Image, Run, Target, Version};
+use crate::disk::{self, Destination, Disk, Image, Kept, Run, Stamp, Target, Version};
 use crate::failure::Failure;
 use crate::session::Session;
 
@@ -35,6 +35,8 @@ pub(crate) struct Slot {
     params: Option<SessionParams>,
     is_prepared: bool,
     progress: Arc<Milestones>,
+    /// Digests of a destination.
+    kept: Option<Arc<Kept>>,
 }
 
 /// How far the session of a disk has come. A destination is prepared only after one that ended
@@ -64,6 +66,23 @@ pub(crate) struct Ready {
     pub(crate) warnings: Vec<String>,
     pub(crate) progress: Arc<Milestones>,
     pub(crate) watch: Option<Watch>,
+    /// Digests of a source.
+    pub(crate) keeping: Option<Keeping>,
+}
+
+/// Digests of a source that count once it has been read, and is what it was.
+pub(crate) struct Keeping {
+    image: Arc<Image>,
+    kept: Arc<Kept>,
+    stamp: Stamp,
+}
+
+impl Keeping {
+    /// The session has ended well.
+    pub(crate) fn record(&self) {
+        let now = self.image.stamp();
+        self.kept.record(now.filter(|now| *now == self.stamp));
+    }
 }
 
 /// A source that should not change while it is read.
@@ -114,6 +133,7 @@ impl Slot {
             params: None,
             is_prepared: false,
             progress: Arc::default(),
+            kept: None,
         };
         Ok((slot, opened, warnings))
     }
@@ -143,6 +163,11 @@ impl Slot {
             resumed: false,
         };
         let mut warnings = Vec::new();
+        let keeps = Keeps {
+            hash: params.hash,
+            seed: params.seed,
+        };
+        let keeping = self.keeping(start, keeps);
         let disk = match &mut self.target {
             Target::Readable(image) => Some(Arc::new(Disk::of(Arc::clone(image)))),
             Target::Destination(destination) if params.ship => {
@@ -153,12 +178,16 @@ impl Slot {
                 let stage_dir = Some(Path::new(OsStr::from_bytes(&start.stage_dir)))
                     .filter(|path| !path.as_os_str().is_empty());
                 let exists = destination.base().is_some();
+                // As it was compared, before anything is made larger.
+                let was = destination.base().and_then(|base| base.stamp());
                 let begun = destination.begin(geometry, start.apply, stage_dir, run)?;
                 // What is there would be taken for zeros: its own, or what another run has left
                 // since the controller asked.
                 if !params.compare && (exists || begun.resumed) {
                     return Err(refused("what this disk holds must be compared"));
                 }
+                let believed = was.filter(|_| !start.full_scan && !begun.resumed);
+                self.kept = destination.keep(keeps, geometry, believed).map(Arc::new);
                 started.apply = Some(begun.apply);
                 started.resumed = begun.resumed;
                 warnings = begun.warnings;
@@ -169,6 +198,8 @@ impl Slot {
                 .map(|base| Arc::new(Disk::of(Arc::clone(base)))),
         };
         self.params = Some(params);
+        let kept = keeping.as_ref().map(|keeping| Arc::clone(&keeping.kept));
+        let kept = kept.or_else(|| self.kept.clone());
         let machine: Box<dyn Machine> = match start.role {
             Role::Sender => Box::new(Sender::new(params, geometry)),
             Role::Receiver => Box::new(Receiver::new(params, geometry)),
@@ -180,11 +211,28 @@ impl Slot {
                 geometry,
                 params,
                 compression: start.compression,
+                kept,
             },
             started,
             warnings,
             progress: Arc::clone(&self.progress),
             watch: self.watch(),
+            keeping,
+        })
+    }
+
+    /// Nothing is kept of a source that others may write to, or that is only looked at.
+    fn keeping(&self, start: &Start, keeps: Keeps) -> Option<Keeping> {
+        let (Target::Readable(image), Access::Source, true) =
+            (&self.target, self.access, start.params.ship)
+        else {
+            return None;
+        };
+        let (kept, stamp) = image.keep(keeps, !start.full_scan)?;
+        Some(Keeping {
+            image: Arc::clone(image),
+            kept: Arc::new(kept),
+            stamp,
         })
     }
 
@@ -226,6 +274,13 @@ impl Slot {
         match &self.target {
             Target::Destination(destination) if self.is_prepared => Some(destination),
             _ => None,
+        }
+    }
+
+    /// The new version counts, and so do its digests.
+    pub(crate) fn committed(&self) {
+        if let (Target::Destination(destination), Some(kept)) = (&self.target, &self.kept) {
+            kept.record(destination.committed());
         }
     }
 

@@ -237,6 +237,7 @@ fn a_session_needs_an_open_disk_and_a_link() {
         rate_limit: 0,
         apply: ApplyChoice::Inplace,
         stage_dir: Vec::new(),
+        full_scan: false,
     };
     agent.send(&start);
     assert_eq!(agent.failure().0, FailureCode::Protocol);

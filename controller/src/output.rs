@@ -99,6 +99,14 @@ pub fn transfer_text(result: &TransferResult) -> String {
             ),
         ),
         (
+            "not read",
+            format!(
+                "{} at the source, {} at the destination: unchanged since the last run",
+                size(result.bytes_trusted_source),
+                size(result.bytes_trusted_destination)
+            ),
+        ),
+        (
             "on the wire",
             format!("{}{}", size(result.bytes_wire), route(result)),
         ),
@@ -117,6 +125,13 @@ pub fn transfer_text(result: &TransferResult) -> String {
     if result.operation != "disk-sync" || result.dry_run {
         rows.retain(|(name, _)| *name != "verified");
         rows.push(("would ship", size(result.bytes_changed)));
+    }
+    let trusted = [
+        result.bytes_trusted_source,
+        result.bytes_trusted_destination,
+    ];
+    if trusted.into_iter().flatten().all(|bytes| bytes == 0) {
+        rows.retain(|(name, _)| *name != "not read");
     }
     if let Some(offset) = result.first_difference {
         rows.push(("first difference", format!("at byte {offset}")));

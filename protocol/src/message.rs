@@ -225,6 +225,17 @@ pub struct Opened {
     pub resumed: bool,
     /// What two hosts that share this storage would both call it; empty where none can tell.
     pub storage: Vec<u8>,
+    /// How the digests of a destination are made that its agent has kept from an earlier run.
+    pub keeps: Option<Keeps>,
+}
+
+/// How digests are made that are kept from one run to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keeps {
+    /// The function.
+    pub hash: HashKind,
+    /// The seed of a source and a destination.
+    pub seed: Seed,
 }
 
 /// Controller to agent: expect a data connection, which `kvm-clone-agent attach` will bring.
@@ -363,6 +374,8 @@ pub struct Start {
     pub apply: ApplyChoice,
     /// Directory in which the changes of a block device wait; empty for the agent's own.
     pub stage_dir: Vec<u8>,
+    /// The disk is read even where kept digests say what it holds.
+    pub full_scan: bool,
 }
 
 /// Agent to controller: the session runs.
@@ -383,6 +396,8 @@ pub struct Counters {
     pub bytes_data: u64,
     /// Bytes read from this end's disk.
     pub bytes_read: u64,
+    /// Bytes of this end's disk that were not read, because digests of them were kept.
+    pub bytes_trusted: u64,
     /// Bytes received from and sent to the other end.
     pub bytes_wire: u64,
     /// Blocks that are settled: known to be equal, or shipped.

@@ -172,8 +172,12 @@ fn opened() -> Pin {
             }),
             resumed: false,
             storage: b"w".to_vec(),
+            keeps: Some(Keeps {
+                hash: HashKind::Xxh3,
+                seed: Seed([0x5e; 32]),
+            }),
         },
-        "0c000000 04 00 0c00  # 12 bytes, Opened
+        "2e000000 04 00 2e00  # 46 bytes, Opened
          03      # disk
          01      # kind: Device
          818004  # size: 65537
@@ -181,7 +185,11 @@ fn opened() -> Pin {
          00      #   device
          ac02    #   inode: 300
          00      # resumed: no
-         01 77   # storage: one byte"
+         01 77   # storage: one byte
+         01      # keeps: there is one
+         00      #   hash: Xxh3
+         5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e  # seed: 32 bytes, no length
+         5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e"
     )
 }
 
@@ -263,8 +271,9 @@ fn start() -> Pin {
             rate_limit: 1_000_000,
             apply: ApplyChoice::Staged,
             stage_dir: b"/s".to_vec(),
+            full_scan: true,
         },
-        "32000000 09 00 3200  # 50 bytes, Start
+        "33000000 09 00 3300  # 51 bytes, Start
          03      # disk
          02      # link
          01      # role: Receiver
@@ -277,7 +286,8 @@ fn start() -> Pin {
          02 03   # compression: Level, 3 (a byte as it is)
          c0843d  # rate_limit: 1000000
          02      # apply: Staged
-         02 2f73 # stage_dir: 2 bytes"
+         02 2f73 # stage_dir: 2 bytes
+         01      # full_scan: yes"
     )
 }
 
@@ -296,10 +306,11 @@ fn started() -> Pin {
     )
 }
 
-/// Seven numbers of one, two and three bytes.
+/// Eight numbers of one, two and three bytes.
 const COUNTERS: Counters = Counters {
     bytes_data: 9,
     bytes_read: 1,
+    bytes_trusted: 2,
     bytes_wire: 127,
     blocks_settled: 128,
     blocks_changed: 16_383,
@@ -314,10 +325,11 @@ fn progress() -> Pin {
             disk: 3,
             counters: COUNTERS,
         },
-        "0c000000 0b 00 0c00  # 12 bytes, Progress
+        "0d000000 0b 00 0d00  # 13 bytes, Progress
          03      # disk
          09      # bytes_data
          01      # bytes_read
+         02      # bytes_trusted
          7f      # bytes_wire: 127, the last in one byte
          8001    # blocks_settled: 128
          ff7f    # blocks_changed: 16383, the last in two
@@ -335,9 +347,9 @@ fn ended() -> Pin {
             first_difference: Some(9),
             root: Some(Digest([0xd1; 16])),
         },
-        "1f000000 0c 00 1f00  # 31 bytes, Ended
+        "20000000 0c 00 2000  # 32 bytes, Ended
          03     # disk
-         09 01 7f 8001 ff7f 808001 05  # counters, as in Progress
+         09 01 02 7f 8001 ff7f 808001 05  # counters, as in Progress
          01 09  # first_difference: block 9
          01     # root: there is one
          d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1"
@@ -705,6 +717,7 @@ fn the_choices_have_their_numbers() {
         identity: None,
         resumed: true,
         storage: Vec::new(),
+        keeps: None,
     };
     let kinds = [DiskKind::File, DiskKind::Device, DiskKind::Missing];
     assert_eq!(kinds.map(|k| byte_of(&opened(k), 1)), [0, 1, 2]);
@@ -728,6 +741,7 @@ fn the_choices_have_their_numbers() {
         rate_limit: 0,
         apply: ApplyChoice::Auto,
         stage_dir: Vec::new(),
+        full_scan: false,
     };
     let (sender, xxh3) = (Role::Sender, HashKind::Xxh3);
     let roles = [Role::Sender, Role::Receiver];
@@ -771,6 +785,7 @@ fn the_ways_to_apply_have_their_numbers() {
         rate_limit: 0,
         apply,
         stage_dir: Vec::new(),
+        full_scan: false,
     };
     assert_eq!(choices.map(|c| byte_of(&start(c), 41)), [0, 1, 2, 3]);
     let started = |apply| Started {

@@ -57,6 +57,7 @@ fn begin(ground: &Confined, caller: &mut Caller, disk: u32, path: &str) -> bool 
         rate_limit: 0,
         apply: ApplyChoice::Auto,
         stage_dir: Vec::new(),
+        full_scan: false,
     };
     matches!(caller.ask(&start), Control::Started(_))
 }

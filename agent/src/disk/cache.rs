@@ -133,6 +133,7 @@ mod tests {
             geometry: Geometry::new(SIZE).unwrap(),
             digester: Digester::new(HashKind::Xxh3, Seed([0; 32])),
             compressor: &compressor,
+            kept: None,
         };
         let start = &mut [0; 1 << 20];
         assert_eq!(image.file.read_full_at(start, 0).unwrap(), 1 << 20);

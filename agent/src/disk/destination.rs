@@ -17,7 +17,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvm_clone_protocol::message::{Access, Apply, ApplyChoice, DiskKind, FailureCode, Opened};
+use kvm_clone_protocol::message::{
+    Access, Apply, ApplyChoice, DiskKind, FailureCode, Keeps, Opened,
+};
 use kvm_clone_protocol::units::Geometry;
 use nix::libc;
 use nix::unistd::geteuid;
@@ -26,9 +28,11 @@ use super::confinement::{self, reach};
 use super::file::DiskFile;
 use super::image::{Image, Version};
 use super::journal::{Base, Header, Journal, State, Sum, Way};
+use super::kept::Kept;
 use super::names::{Names, remove};
 use super::overlay::{Overlay, check_reservable};
 use super::run::Run;
+use super::stamp::Stamp;
 use super::{Disk, attributes, describe, found, metadata, open_image, recover};
 use crate::failure::Failure;
 
@@ -119,13 +123,44 @@ impl Destination {
         self.base.as_ref()
     }
 
+    /// Digests of it that are kept from run to run. They are believed if they describe what it
+    /// is `now`.
+    pub(crate) fn keep(
+        &self,
+        keeps: Keeps,
+        geometry: Geometry,
+        now: Option<Stamp>,
+    ) -> Option<Kept> {
+        let is_device = self.base.as_ref().is_some_and(|base| base.is_device);
+        if is_device {
+            return None;
+        }
+        Kept::open(&self.names.path, keeps, geometry, now)
+    }
+
+    /// What it is once it is committed.
+    pub(crate) fn committed(&self) -> Option<Stamp> {
+        let image = match &self.work {
+            Some(work) if matches!(work.apply, Apply::New | Apply::Reflink) => work.disk.image(),
+            _ => self.base.as_deref()?,
+        };
+        image.own_stamp()
+    }
+
     /// The answer to the controller.
     ///
     /// # Errors
     /// [`Failure`] when it cannot be examined, or something is in the way of what will be made.
     pub(crate) fn describe(&self, disk: u32) -> Result<Opened, Failure> {
         if let Some(base) = &self.base {
-            return describe(base, disk);
+            let keeps = match base.is_device {
+                false => Kept::seed(&self.names.path),
+                true => None,
+            };
+            return Ok(Opened {
+                keeps,
+                ..describe(base, disk)?
+            });
         }
         let left = self.own(&self.names.new_file())?;
         Ok(Opened {
@@ -135,6 +170,7 @@ impl Destination {
             identity: None,
             resumed: left.is_some(),
             storage: Vec::new(),
+            keeps: None,
         })
     }
 

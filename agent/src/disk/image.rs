@@ -6,12 +6,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use kvm_clone_protocol::message::{Access, FailureCode, Identity};
+use kvm_clone_protocol::message::{Access, FailureCode, Identity, Keeps};
 
+use kvm_clone_protocol::units::Geometry;
 use nix::libc;
 
 use super::file::DiskFile;
-use super::{locks, storage};
+use super::kept::Kept;
+use super::stamp::Stamp;
+use super::{confinement, locks, storage};
 use crate::failure::Failure;
 
 /// An open image, shared by the worker threads: every operation names its offset, so the file's
@@ -111,6 +114,25 @@ impl Image {
         }
         let root = u64::try_from(libc::STATX_ATTR_MOUNT_ROOT).unwrap_or_default();
         Ok(found.stx_attributes & root != 0)
+    }
+
+    /// Digests of a source that are kept from run to run, and what it is: where it has been left
+    /// alone for a while.
+    pub(crate) fn keep(&self, keeps: Keeps, believed: bool) -> Option<(Kept, Stamp)> {
+        let stamp = (!self.is_device).then(|| Stamp::of_quiet(self.file.as_file()))??;
+        let path = confinement::follow(&self.path).ok()?.canonical().ok()?;
+        let geometry = Geometry::new(stamp.size())?;
+        let kept = Kept::open(&path, keeps, geometry, believed.then_some(stamp))?;
+        Some((kept, stamp))
+    }
+
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
+        Stamp::of(self.file.as_file())
+    }
+
+    /// Of what we have changed ourselves.
+    pub(super) fn own_stamp(&self) -> Option<Stamp> {
+        Stamp::of_own(self.file.as_file())
     }
 
     pub(super) fn failed(&self, doing: &str, error: &io::Error) -> Failure {

@@ -20,6 +20,7 @@ mod file;
 mod holders;
 mod image;
 mod journal;
+mod kept;
 mod kernel;
 mod locks;
 mod map;
@@ -31,6 +32,7 @@ mod reread;
 mod root;
 mod run;
 mod slots;
+mod stamp;
 mod state;
 mod storage;
 #[cfg(test)]
@@ -58,11 +60,14 @@ pub(crate) use destination::Destination;
 use file::DiskFile;
 pub(crate) use image::{Image, Version};
 use journal::Entry;
+pub(crate) use kept::Kept;
+use kept::{Piece, pieces};
 use overlay::Overlay;
 use read::Missing;
 pub(crate) use read::Scratch;
 pub(crate) use recover::{forward, recover, settle};
 pub(crate) use run::Run;
+pub(crate) use stamp::Stamp;
 
 /// What a session runs on.
 #[derive(Debug)]
@@ -79,6 +84,24 @@ pub(crate) struct SessionContext<'a> {
     pub(crate) geometry: Geometry,
     pub(crate) digester: Digester,
     pub(crate) compressor: &'a Compressor,
+    /// What was known of the disk before, and is noted of it now.
+    pub(crate) kept: Option<&'a Kept>,
+}
+
+impl SessionContext<'_> {
+    /// A block is not read, because its digest was kept.
+    fn trust(&self, index: u64) {
+        if let Some(kept) = self.kept {
+            kept.trust(self.geometry.block_len(index) as u64);
+        }
+    }
+
+    /// Notes what blocks hold, from `first` on.
+    fn note(&self, first: u64, contents: &[Content]) {
+        if let Some(kept) = self.kept {
+            kept.put(first, contents);
+        }
+    }
 }
 
 impl Disk {
@@ -135,6 +158,9 @@ impl Disk {
             }
             DiskOp::Zero { run } => {
                 self.zero(run, context.geometry)?;
+                if let Some(kept) = context.kept {
+                    kept.forget(run);
+                }
                 Ok(DiskDone::Zeroed)
             }
             DiskOp::Trim { run } => {
@@ -171,20 +197,35 @@ impl Disk {
             Some(overlay) => overlay.waiting(run)?.map(|entries| (overlay, entries)),
             None => None,
         };
-        self.image.read_blocks(
-            run,
-            context.geometry,
-            &mut scratch.block,
-            Missing::Zeros,
-            |index, block| {
-                if let Some((overlay, entries)) = &waiting {
-                    let at = usize::try_from(index - run.first).expect("at most a window");
-                    self.look_through(overlay, index, entries[at], block)?;
+        for piece in pieces(context.kept, run, |_, _| true) {
+            let unknown = match piece {
+                Piece::Known(index, content) => {
+                    context.trust(index);
+                    push_content(&mut digests, &content);
+                    continue;
                 }
-                push_content(&mut digests, &context.digester.content(block));
-                Ok(())
-            },
-        )?;
+                Piece::Unknown(unknown) => unknown,
+            };
+            let mut contents = Vec::new();
+            self.image.read_blocks(
+                unknown,
+                context.geometry,
+                &mut scratch.block,
+                Missing::Zeros,
+                |index, block| {
+                    if let Some((overlay, entries)) = &waiting {
+                        let at = usize::try_from(index - run.first).expect("at most a window");
+                        self.look_through(overlay, index, entries[at], block)?;
+                    }
+                    contents.push(context.digester.content(block));
+                    Ok(())
+                },
+            )?;
+            context.note(unknown.first, &contents);
+            for content in &contents {
+                push_content(&mut digests, content);
+            }
+        }
         Ok(digests.into())
     }
 
@@ -221,7 +262,9 @@ impl Disk {
                     write::decompress(block.index, &block.payload, out, &mut scratch.decompressor)?
                 }
             };
-            contents.push(context.digester.content(bytes));
+            let content = context.digester.content(bytes);
+            context.note(block.index, &[content]);
+            contents.push(content);
             match &self.overlay {
                 Some(overlay) => overlay.put(block.index, bytes)?,
                 None => self.image.write_block(block.index * BLOCK_SIZE, bytes)?,
@@ -369,6 +412,7 @@ pub(crate) fn describe(image: &Image, disk: u32) -> Result<Opened, Failure> {
         identity: Some(image.identity()?),
         resumed: false,
         storage: storage::name(&image.metadata()?).unwrap_or_default(),
+        keeps: None,
     })
 }
 

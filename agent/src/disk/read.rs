@@ -8,6 +8,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 
 use super::SessionContext;
 use super::image::Image;
+use super::kept::{Piece, pieces};
 use crate::failure::Failure;
 
 /// Memory of one worker, used again for every block so that it stays in the processor's cache.
@@ -35,34 +36,38 @@ impl Image {
         context: &SessionContext<'_>,
         scratch: &mut Scratch,
     ) -> Result<Vec<Compared>, Failure> {
+        let expected =
+            |index: u64| expected.at(usize::try_from(index - run.first).expect("at most a window"));
         let mut blocks = Vec::new();
-        self.read_blocks(
-            run,
-            context.geometry,
-            &mut scratch.block,
-            Missing::Error,
-            |_, block| {
-                let expected = expected.at(blocks.len());
-                blocks.push(match context.digester.content(block) {
-                    content if content == expected => Compared::Equal(content),
-                    Content::Zero => Compared::Zeroed,
-                    Content::Digest(digest) if ship => {
-                        let (encoding, payload) = context.compressor.encode(block);
-                        Compared::Changed {
-                            digest,
-                            encoding,
-                            payload,
-                        }
-                    }
-                    Content::Digest(digest) => Compared::Changed {
-                        digest,
-                        encoding: Encoding::Raw,
-                        payload: Bytes::new(),
-                    },
-                });
-                Ok(())
-            },
-        )?;
+        // A block that is to be shipped must be read.
+        let is_settled = |index, content| content == expected(index) || content == Content::Zero;
+        for piece in pieces(context.kept, run, is_settled) {
+            match piece {
+                Piece::Known(index, content) => {
+                    context.trust(index);
+                    blocks.push(match content {
+                        content if content == expected(index) => Compared::Equal(content),
+                        _ => Compared::Zeroed,
+                    });
+                }
+                Piece::Unknown(unknown) => {
+                    let mut contents = Vec::new();
+                    self.read_blocks(
+                        unknown,
+                        context.geometry,
+                        &mut scratch.block,
+                        Missing::Error,
+                        |index, block| {
+                            let content = context.digester.content(block);
+                            contents.push(content);
+                            blocks.push(compared(content, expected(index), ship, context, block));
+                            Ok(())
+                        },
+                    )?;
+                    context.note(unknown.first, &contents);
+                }
+            }
+        }
         Ok(blocks)
     }
 
@@ -117,6 +122,34 @@ impl Image {
             }
         }
         Ok(())
+    }
+}
+
+/// How a block that was read stands to what the receiver has. One that differs is kept, if it is
+/// to be shipped.
+fn compared(
+    content: Content,
+    expected: Content,
+    ship: bool,
+    context: &SessionContext<'_>,
+    block: &[u8],
+) -> Compared {
+    match content {
+        content if content == expected => Compared::Equal(content),
+        Content::Zero => Compared::Zeroed,
+        Content::Digest(digest) if ship => {
+            let (encoding, payload) = context.compressor.encode(block);
+            Compared::Changed {
+                digest,
+                encoding,
+                payload,
+            }
+        }
+        Content::Digest(digest) => Compared::Changed {
+            digest,
+            encoding: Encoding::Raw,
+            payload: Bytes::new(),
+        },
     }
 }
 

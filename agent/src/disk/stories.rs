@@ -146,6 +146,7 @@ fn seen(disk: &Disk) -> Vec<Content> {
         geometry: geometry(),
         digester: digester(),
         compressor: &compressor,
+        kept: None,
     };
     let run = BlockRun {
         first: 0,

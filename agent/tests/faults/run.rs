@@ -137,6 +137,7 @@ impl Source {
             rate_limit: 0,
             apply: wish.apply,
             stage_dir: Vec::new(),
+            full_scan: false,
         };
         to.send(&start(Role::Receiver));
         self.agent.send(&start(Role::Sender));

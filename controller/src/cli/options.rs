@@ -257,6 +257,9 @@ pub struct TransferArgs {
     /// /var/lib/kvm-clone]
     #[arg(long, value_name = "DIR")]
     pub stage_dir: Option<PathBuf>,
+    /// Read both disks, also where they have not changed since their digests were kept
+    #[arg(long)]
+    pub full_scan: bool,
     /// How to check the result: streamed (both ends' root digests must agree) or reread (and the
     /// destination is read once more, past the page cache) [default: streamed]
     #[arg(long, value_name = "none|streamed|reread")]
@@ -300,6 +303,7 @@ impl TransferArgs {
                 .or(config.apply)
                 .map_or(default.apply, |choice| choice.0),
             stage_dir: self.stage_dir.clone(),
+            full_scan: self.full_scan,
             verify: self.verify.unwrap_or(default.verify),
             ..self.compare.resolve(config)
         }

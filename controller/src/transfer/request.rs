@@ -144,6 +144,8 @@ pub struct Options {
     pub apply: ApplyChoice,
     /// Where the changes of a block device wait, on its host; `None` for the agent's own place.
     pub stage_dir: Option<PathBuf>,
+    /// Both disks are read, whatever digests of them were kept.
+    pub full_scan: bool,
     /// What the result claims.
     pub verify: Verification,
     /// Bytes a second; `None` for no limit.
@@ -162,6 +164,7 @@ impl Default for Options {
             hash: HashKind::Xxh3,
             apply: ApplyChoice::Auto,
             stage_dir: None,
+            full_scan: false,
             verify: Verification::Streamed,
             bandwidth_limit: None,
             timeout: None,

@@ -47,6 +47,10 @@ pub struct TransferResult {
     pub bytes_read_source: Option<u64>,
     /// Bytes read from the destination.
     pub bytes_read_destination: Option<u64>,
+    /// Bytes of the source that were not read, because digests of them were kept.
+    pub bytes_trusted_source: Option<u64>,
+    /// Bytes of the destination that were not read, because digests of them were kept.
+    pub bytes_trusted_destination: Option<u64>,
     /// Bytes of the blocks that differed.
     pub bytes_changed: Option<u64>,
     /// Bytes carried between the agents, both directions, framing and digests included.
@@ -97,6 +101,8 @@ impl TransferResult {
             bytes_data: None,
             bytes_read_source: None,
             bytes_read_destination: None,
+            bytes_trusted_source: None,
+            bytes_trusted_destination: None,
             bytes_changed: None,
             bytes_wire: None,
             blocks_total: None,
@@ -119,6 +125,7 @@ impl TransferResult {
     pub(super) fn count_sender(&mut self, counters: &Counters) {
         self.bytes_data = Some(counters.bytes_data);
         self.bytes_read_source = Some(counters.bytes_read);
+        self.bytes_trusted_source = Some(counters.bytes_trusted);
         self.bytes_changed = Some(counters.bytes_changed);
         self.blocks_changed = Some(counters.blocks_changed);
         self.blocks_zeroed = Some(counters.blocks_zeroed);
@@ -132,6 +139,7 @@ impl TransferResult {
     /// that arrived: the sender also counts what waits in its memory.
     pub(super) fn count_receiver(&mut self, counters: &Counters) {
         self.bytes_read_destination = Some(counters.bytes_read);
+        self.bytes_trusted_destination = Some(counters.bytes_trusted);
         self.bytes_wire = Some(counters.bytes_wire);
     }
 }

@@ -76,6 +76,7 @@ fn check_sender(params: SessionParams, foreseen: &Foreseen, source: &FakeDisk, o
         Counters {
             bytes_data: source.allocated_bytes(),
             bytes_read: source.allocated_bytes(),
+            bytes_trusted: 0,
             bytes_wire: outcome.counters.bytes_wire,
             blocks_settled: source.geometry().block_count(),
             blocks_changed: foreseen.changed,

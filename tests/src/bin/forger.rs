@@ -330,6 +330,7 @@ fn forged_control(neighbour: &str, params: &SessionParams) -> Vec<Frame> {
             rate_limit: 0,
             apply: ApplyChoice::Inplace,
             stage_dir: Vec::new(),
+            full_scan: false,
         }),
         frame(&Prepare {
             disk: 0,
@@ -413,6 +414,7 @@ fn opened(disk: u32) -> Opened {
         identity: None,
         resumed: false,
         storage: Vec::new(),
+        keeps: None,
     }
 }
 

@@ -43,6 +43,7 @@ pub(super) fn opened(disk: u32) -> Opened {
         identity: None,
         resumed: false,
         storage: Vec::new(),
+        keeps: None,
     }
 }
 
@@ -115,6 +116,7 @@ pub(super) fn absurd_counters() -> Counters {
     Counters {
         bytes_data: u64::MAX,
         bytes_read: u64::MAX,
+        bytes_trusted: u64::MAX,
         bytes_wire: u64::MAX,
         blocks_settled: u64::MAX,
         blocks_changed: u64::MAX,

@@ -61,6 +61,7 @@ pub fn start(disk: u32, role: Role, params: SessionParams, apply: ApplyChoice) -
         rate_limit: 0,
         apply,
         stage_dir: Vec::new(),
+        full_scan: false,
     }
 }
 

@@ -42,6 +42,7 @@ fn answers() -> Vec<Story> {
         identity: None,
         resumed: false,
         storage: Vec::new(),
+        keeps: None,
     };
     let listening = Listening {
         link: 0,

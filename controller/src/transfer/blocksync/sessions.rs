@@ -160,18 +160,23 @@ impl<'a, 'b> Sessions<'a, 'b> {
     }
 
     fn params(&self, at: usize) -> Result<SessionParams> {
-        let mut seed = [0; 32];
-        getrandom::fill(&mut seed).map_err(|error| {
-            Error::new(ErrorCode::Internal, "the system gives no random numbers").caused_by(error)
-        })?;
         let Disks {
             source,
             destination,
         } = &self.disks[at];
+        let hash = self.jobs[at].request.options.hash;
+        // Digests that were kept are of use under the same seed alone.
+        let kept = destination
+            .keeps
+            .filter(|keeps| self.ships && keeps.hash == hash);
+        let seed = match kept {
+            Some(keeps) => keeps.seed,
+            None => random_seed()?,
+        };
         Ok(SessionParams {
             size: source.size,
-            hash: self.jobs[at].request.options.hash,
-            seed: Seed(seed),
+            hash,
+            seed,
             compare: destination.kind != DiskKind::Missing || (self.ships && destination.resumed),
             ship: self.ships,
         })
@@ -234,6 +239,7 @@ impl<'a, 'b> Sessions<'a, 'b> {
         let bytes = [
             counters.bytes_data,
             counters.bytes_read,
+            counters.bytes_trusted,
             counters.bytes_wire,
             counters.bytes_changed,
         ];
@@ -296,6 +302,14 @@ impl<'a, 'b> Sessions<'a, 'b> {
     }
 }
 
+fn random_seed() -> Result<Seed> {
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).map_err(|error| {
+        Error::new(ErrorCode::Internal, "the system gives no random numbers").caused_by(error)
+    })?;
+    Ok(Seed(seed))
+}
+
 fn protocol(message: impl Into<String>) -> Error {
     Error::new(ErrorCode::Protocol, message)
 }
@@ -315,6 +329,7 @@ fn start(request: &Request, disk: u32, link: u32, role: Role, params: SessionPar
         },
         apply: options.apply,
         stage_dir: stage_dir.map_or_else(Vec::new, |path| path.as_os_str().as_bytes().to_vec()),
+        full_scan: options.full_scan,
     }
 }
 

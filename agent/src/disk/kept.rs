@@ -1,0 +1,643 @@
+//! The digests of a disk, kept from one run to the next, so that what did not change need not be
+//! read again: the source's on its host, the destination's on its own.
+//!
+//! ```text
+//!  0          16 KiB     32 KiB                         + 528 for each 32 blocks
+//!  | header   | header   | blocks 0–31 | blocks 32–63 | …       sparse
+//!
+//!  32 blocks:  which are known u32 | 32 digests of 16 bytes | checksum of all of it and the place, 12
+//! ```
+//!
+//! The header holds the stamp of the version that they describe, or none: while a run changes them,
+//! and after one that did not end well. What is not known, or damaged, is read from the disk, so
+//! nothing here has to be there. A digest is a claim about the disk: what must hold for it to be
+//! believed is in `stamp.rs`.
+//!
+//! The seed of the digests belongs to a source and a destination: the destination's host
+//! remembers it, and the controller gives it to both.
+
+use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+use std::{fs, io};
+
+use kvm_clone_protocol::digest::{Content, DIGEST_LEN};
+use kvm_clone_protocol::message::Keeps;
+use kvm_clone_protocol::sync::{content_at, push_content};
+use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
+use nix::sys::statvfs::fstatvfs;
+use serde::{Deserialize, Serialize};
+
+use super::file::DiskFile;
+use super::kernel::entries;
+use super::names::remove;
+use super::slots::{Format, Slots, checksum};
+use super::stamp::Stamp;
+use super::state;
+use super::write::punch;
+
+const FORMAT: Format = Format {
+    magic: *b"kc-kept\n",
+    version: 1,
+    slot_len: 16 * 1024,
+};
+
+/// Below the agent's own directory.
+const DIRECTORY: &str = "digests";
+
+const SUFFIX: &str = "digests";
+
+/// Blocks of one record: a window of a scan, so that one is looked up with one or two reads.
+const BLOCKS: u64 = 32;
+
+const KNOWN_LEN: usize = 4;
+const CHECK_LEN: usize = 12;
+const RECORD_LEN: usize = KNOWN_LEN + 32 * DIGEST_LEN + CHECK_LEN;
+
+/// The state directory is often on the file system of the system itself, which is left this much.
+const MIN_FREE: u64 = 1 << 30;
+
+/// How often that is looked at: each 2 MiB.
+const LOOK_EVERY: u64 = 4096;
+
+/// Pairs that one disk may be of: what goes beyond that is forgotten, the oldest first.
+const MAX_PAIRS: usize = 4;
+
+/// Digests that nobody has used for so long are forgotten.
+const FORGOTTEN_AFTER: Duration = Duration::from_hours(90 * 24);
+
+/// The digests of one disk under one seed. Only one process has them at a time.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    path: PathBuf,
+    file: DiskFile,
+    header: Mutex<(Slots, Header)>,
+    /// Blocks from the first on of which they tell what the disk held when the session began.
+    believed: u64,
+    /// Something went wrong: they are of no use.
+    is_broken: AtomicBool,
+    writes: AtomicU64,
+    bytes_trusted: AtomicU64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Header {
+    /// The disk, so that two with names that hash alike are told apart.
+    #[serde(with = "super::names::path_bytes")]
+    disk: PathBuf,
+    keeps: Keeps,
+    /// What they describe.
+    stamp: Option<Stamp>,
+}
+
+impl Kept {
+    /// The seed of the pair that `disk` was the destination of last.
+    pub(crate) fn seed(disk: &Path) -> Option<Keeps> {
+        let directory = state::existing(DIRECTORY).ok()??;
+        let newest = of_disk(&directory, disk).pop()?;
+        let (_, header) = Slots::open::<Header>(&DiskFile::open(&newest.1).ok()?, FORMAT).ok()?;
+        (header.disk == disk).then_some(header.keeps)
+    }
+
+    /// Those of `disk` under a seed for a session of this geometry, made where there are none. They
+    /// are believed if they describe what the disk is `now`. `None` where there is no place for them, or another process has
+    /// them: a run does without.
+    pub(crate) fn open(
+        disk: &Path,
+        keeps: Keeps,
+        geometry: Geometry,
+        now: Option<Stamp>,
+    ) -> Option<Self> {
+        let directory = state::directory(DIRECTORY).ok()?;
+        let path = directory.join(name(disk, &keeps));
+        let header = Header {
+            disk: disk.to_owned(),
+            keeps,
+            stamp: None,
+        };
+        let (file, slots, found) = match open_found(&path, &header) {
+            Some(found) => found,
+            None => {
+                make_room(&directory, disk);
+                make(&path, &header).ok()?
+            }
+        };
+        let kept = Self {
+            path,
+            file,
+            believed: now
+                .filter(|_| found.stamp == now)
+                .map_or(0, |now| alike(now.size(), geometry)),
+            header: Mutex::new((slots, found)),
+            is_broken: AtomicBool::new(false),
+            writes: AtomicU64::new(0),
+            bytes_trusted: AtomicU64::new(0),
+        };
+        if kept.believed == 0 {
+            kept.clear().ok()?;
+        } else if now.is_some_and(|now| now.size() != geometry.size()) {
+            kept.forget_from(kept.believed);
+        }
+        Some(kept)
+    }
+
+    /// What the blocks of a run hold, as far as that is known.
+    pub(crate) fn contents(&self, run: BlockRun) -> Vec<Option<Content>> {
+        let mut contents = Vec::new();
+        for (number, places) in records(run) {
+            let record = match number * BLOCKS < self.believed && !self.is_broken() {
+                true => self.read(number).ok().flatten().unwrap_or_default(),
+                false => Record::default(),
+            };
+            contents.extend(places.map(|place| record.content(place)));
+        }
+        for (index, content) in (run.first..).zip(&mut contents) {
+            if index >= self.believed {
+                *content = None;
+            }
+        }
+        contents
+    }
+
+    /// So many bytes were not read, because of that.
+    pub(crate) fn trust(&self, bytes: u64) {
+        self.bytes_trusted.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of the disk that were not read.
+    pub(crate) fn bytes_trusted(&self) -> u64 {
+        self.bytes_trusted.load(Ordering::Relaxed)
+    }
+
+    /// Notes what blocks hold, from `first` on.
+    pub(crate) fn put(&self, first: u64, contents: &[Content]) {
+        let run = BlockRun {
+            first,
+            count: contents.len() as u64,
+        };
+        let mut contents = contents.iter();
+        self.change(|| {
+            for (number, places) in records(run) {
+                let mut record = self.read(number)?.unwrap_or_default();
+                for (place, content) in places.zip(&mut contents) {
+                    record.put(place, content);
+                }
+                self.file.write_all_at(&record.encode(number), at(number))?;
+            }
+            Ok(())
+        });
+    }
+
+    /// Blocks have become zero: what a disk says of holes is enough.
+    pub(crate) fn forget(&self, run: BlockRun) {
+        let whole = run.first.div_ceil(BLOCKS)..run.end() / BLOCKS;
+        self.change(|| {
+            if whole.start < whole.end {
+                let len = (whole.end - whole.start) * RECORD_LEN as u64;
+                self.file.allocate(punch(), at(whole.start), len)?;
+            }
+            let partly = records(run).filter(|(number, _)| !whole.contains(number));
+            for (number, places) in partly {
+                if let Some(mut record) = self.read(number)? {
+                    places.for_each(|place| record.forget(place));
+                    self.file.write_all_at(&record.encode(number), at(number))?;
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// What follows may never be told of again, if it is a hole in the new size.
+    fn forget_from(&self, block: u64) {
+        self.change(|| {
+            let (number, end) = (block / BLOCKS, at(block.div_ceil(BLOCKS)));
+            if let Some(mut record) = self.read(number)? {
+                let place = usize::try_from(block % BLOCKS).expect("less than 32");
+                (place..32).for_each(|place| record.forget(place));
+                self.file.write_all_at(&record.encode(number), at(number))?;
+            }
+            match self.file.metadata()?.len() {
+                len if len > end => self.file.set_len(end),
+                _ => Ok(()),
+            }
+        });
+    }
+
+    /// From now on they describe the disk of this stamp. Without one they are of no use.
+    pub(crate) fn record(&self, stamp: Option<Stamp>) {
+        let mut header = self.header();
+        if header.1.stamp.is_some() && header.1.stamp == stamp {
+            return;
+        }
+        let recorded = match stamp {
+            Some(_) if !self.is_broken() => self.file.sync().and_then(|()| {
+                header.1.stamp = stamp;
+                let (slots, value) = &mut *header;
+                slots.write(&self.file, value)
+            }),
+            _ => Err(io::ErrorKind::Other.into()),
+        };
+        if recorded.is_err() {
+            let _ = remove(&self.path);
+        }
+    }
+
+    /// A change: before the first one they cease to describe anything, durably.
+    fn change(&self, change: impl FnOnce() -> io::Result<()>) {
+        if self.is_broken() {
+            return;
+        }
+        let mut header = self.header();
+        let changed = || {
+            if header.1.stamp.take().is_some() {
+                let (slots, value) = &mut *header;
+                slots.write(&self.file, value)?;
+            }
+            if self
+                .writes
+                .fetch_add(1, Ordering::Relaxed)
+                .is_multiple_of(LOOK_EVERY)
+            {
+                self.check_room()?;
+            }
+            change()
+        };
+        if changed().is_err() {
+            self.is_broken.store(true, Ordering::Release);
+        }
+    }
+
+    fn check_room(&self) -> io::Result<()> {
+        let found = fstatvfs(self.file.as_file())?;
+        match found.blocks_available() * found.fragment_size() {
+            free if free >= MIN_FREE => Ok(()),
+            _ => Err(io::ErrorKind::StorageFull.into()),
+        }
+    }
+
+    /// Nothing is known.
+    fn clear(&self) -> io::Result<()> {
+        let mut header = self.header();
+        if header.1.stamp.take().is_some() {
+            let (slots, value) = &mut *header;
+            slots.write(&self.file, value)?;
+        }
+        self.file.set_len(Slots::len(FORMAT))
+    }
+
+    fn header(&self) -> std::sync::MutexGuard<'_, (Slots, Header)> {
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Acquire)
+    }
+
+    /// A record, unless there is none or it is damaged.
+    fn read(&self, number: u64) -> io::Result<Option<Record>> {
+        let mut bytes = [0; RECORD_LEN];
+        self.file.read_full_at(&mut bytes, at(number))?;
+        Ok(Record::decode(number, &bytes))
+    }
+}
+
+/// A part of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// A block that holds this.
+    Known(u64, Content),
+    /// Blocks that must be read.
+    Unknown(BlockRun),
+}
+
+/// A run in pieces: blocks of which it is known what they hold and `is_enough`, and all others.
+pub(super) fn pieces(
+    kept: Option<&Kept>,
+    run: BlockRun,
+    is_enough: impl Fn(u64, Content) -> bool,
+) -> Vec<Piece> {
+    let Some(kept) = kept else {
+        return vec![Piece::Unknown(run)];
+    };
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (index, content) in (run.first..).zip(kept.contents(run)) {
+        match (
+            content.filter(|content| is_enough(index, *content)),
+            pieces.last_mut(),
+        ) {
+            (Some(content), _) => pieces.push(Piece::Known(index, content)),
+            (None, Some(Piece::Unknown(run))) => run.count += 1,
+            (None, _) => pieces.push(Piece::Unknown(BlockRun {
+                first: index,
+                count: 1,
+            })),
+        }
+    }
+    pieces
+}
+
+/// How many blocks are the same bytes in a disk of `size` bytes and in a session: all of them, or
+/// those that are whole in both, since a short block is digested as short as it is.
+fn alike(size: u64, session: Geometry) -> u64 {
+    match size == session.size() {
+        true => session.block_count(),
+        false => size.min(session.size()) / BLOCK_SIZE,
+    }
+}
+
+/// What is known of 32 blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Record {
+    known: u32,
+    digests: Vec<u8>,
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Self {
+            known: 0,
+            digests: vec![0; 32 * DIGEST_LEN],
+        }
+    }
+}
+
+impl Record {
+    fn content(&self, place: usize) -> Option<Content> {
+        (self.known >> place & 1 == 1).then(|| content_at(&self.digests, place))
+    }
+
+    fn put(&mut self, place: usize, content: &Content) {
+        let mut digest = Vec::with_capacity(DIGEST_LEN);
+        push_content(&mut digest, content);
+        self.digests[place * DIGEST_LEN..][..DIGEST_LEN].copy_from_slice(&digest);
+        self.known |= 1 << place;
+    }
+
+    fn forget(&mut self, place: usize) {
+        self.known &= !(1 << place);
+    }
+
+    fn encode(&self, number: u64) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(RECORD_LEN);
+        bytes.extend_from_slice(&self.known.to_le_bytes());
+        bytes.extend_from_slice(&self.digests);
+        let check = check(number, &bytes);
+        bytes.extend_from_slice(&check);
+        bytes
+    }
+
+    /// `None` for one that was never written, or is not what was.
+    fn decode(number: u64, bytes: &[u8; RECORD_LEN]) -> Option<Self> {
+        let (said, sum) = bytes.split_at(RECORD_LEN - CHECK_LEN);
+        let (known, digests) = said.split_at(KNOWN_LEN);
+        (check(number, said) == sum).then(|| Self {
+            known: u32::from_le_bytes(known.try_into().expect("four bytes")),
+            digests: digests.to_vec(),
+        })
+    }
+}
+
+fn check(number: u64, said: &[u8]) -> [u8; CHECK_LEN] {
+    let sum = checksum(&[said, &number.to_le_bytes()].concat());
+    sum[..CHECK_LEN]
+        .try_into()
+        .expect("twelve of sixteen bytes")
+}
+
+/// The records that a run touches, and which places of each.
+fn records(run: BlockRun) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let (first, end) = (run.first / BLOCKS, run.end().div_ceil(BLOCKS));
+    let place = move |block: u64, number: u64| {
+        usize::try_from(block.clamp(number * BLOCKS, (number + 1) * BLOCKS) - number * BLOCKS)
+            .expect("at most 32")
+    };
+    (first..end).map(move |number| (number, place(run.first, number)..place(run.end(), number)))
+}
+
+fn at(number: u64) -> u64 {
+    Slots::len(FORMAT) + number * RECORD_LEN as u64
+}
+
+/// `HASH OF THE DISK'S PATH-HASH OF THE SEED.digests`
+fn name(disk: &Path, keeps: &Keeps) -> String {
+    let pair = [&[keeps.hash as u8], &keeps.seed.0[..]].concat();
+    format!(
+        "{}-{}.{SUFFIX}",
+        hex(disk.as_os_str().as_bytes()),
+        hex(&pair)
+    )
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let sum = checksum(bytes);
+    sum.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The files about a disk, the one that was changed last at the end.
+fn of_disk(directory: &Path, disk: &Path) -> Vec<(SystemTime, PathBuf)> {
+    let prefix = hex(disk.as_os_str().as_bytes());
+    let is_its = |path: &PathBuf| {
+        let name = path.file_name().map(OsStrExt::as_bytes);
+        name.is_some_and(|name| name.starts_with(prefix.as_bytes()))
+    };
+    let mut found: Vec<_> = entries(directory)
+        .filter(is_its)
+        .filter_map(|path| Some((modified(&path)?, path)))
+        .collect();
+    found.sort();
+    found
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    path.symlink_metadata().ok()?.modified().ok()
+}
+
+/// Digests that were kept earlier; `None` when there are none that can be used.
+fn open_found(path: &Path, wanted: &Header) -> Option<(DiskFile, Slots, Header)> {
+    let file = DiskFile::open(path).ok()?;
+    file.as_file().try_lock().ok()?;
+    let (slots, found) = Slots::open::<Header>(&file, FORMAT).ok()?;
+    (found.disk == wanted.disk && found.keeps == wanted.keeps).then_some((file, slots, found))
+}
+
+fn make(path: &Path, header: &Header) -> io::Result<(DiskFile, Slots, Header)> {
+    // What cannot be used; not what another process has at this moment.
+    if let Ok(file) = DiskFile::open(path) {
+        file.as_file().try_lock().map_err(io::Error::from)?;
+        remove(path)?;
+    }
+    let file = DiskFile::create(path)?;
+    file.as_file().try_lock().map_err(io::Error::from)?;
+    let slots = Slots::create(&file, FORMAT, header)?;
+    Ok((file, slots, header.clone()))
+}
+
+/// Forgets what nobody has used for long, and pairs of a disk beyond those that it may have.
+fn make_room(directory: &Path, disk: &Path) {
+    let of_disk = of_disk(directory, disk);
+    let surplus = of_disk.len().saturating_sub(MAX_PAIRS - 1);
+    for (_, path) in &of_disk[..surplus] {
+        let _ = fs::remove_file(path);
+    }
+    for path in entries(directory) {
+        let age = modified(&path).and_then(|modified| modified.elapsed().ok());
+        if age.is_some_and(|age| age > FORGOTTEN_AFTER) {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_clone_protocol::digest::{Digest, HashKind, Seed};
+
+    use super::*;
+    use crate::disk::Image;
+
+    const KEEPS: Keeps = Keeps {
+        hash: HashKind::Xxh3,
+        seed: Seed([5; 32]),
+    };
+
+    fn geometry(blocks: u64) -> Geometry {
+        Geometry::new(blocks * BLOCK_SIZE).unwrap()
+    }
+
+    /// A disk of so many blocks, on a file system that has stamps.
+    fn disk(blocks: u64) -> Option<(tempfile::TempDir, PathBuf)> {
+        let here = std::env::current_exe().unwrap();
+        let directory = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
+        let path = directory.path().join("disk");
+        resize(&path, blocks);
+        if stamp(&path).is_none() {
+            eprintln!("SKIPPED: no stamps on {}", directory.path().display());
+            return None;
+        }
+        Some((directory, path))
+    }
+
+    fn resize(path: &Path, blocks: u64) {
+        let file = fs::File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)
+            .unwrap();
+        file.set_len(blocks * BLOCK_SIZE).unwrap();
+    }
+
+    fn stamp(path: &Path) -> Option<Stamp> {
+        let file = DiskFile::open(path).unwrap();
+        let image = Image {
+            file,
+            path: path.to_owned(),
+            is_device: false,
+            is_fresh: false,
+        };
+        image.own_stamp()
+    }
+
+    fn content(n: u8) -> Content {
+        match n {
+            0 => Content::Zero,
+            n => Content::Digest(Digest([n; DIGEST_LEN])),
+        }
+    }
+
+    fn open(path: &Path, blocks: u64) -> Kept {
+        Kept::open(path, KEEPS, geometry(blocks), stamp(path)).unwrap()
+    }
+
+    fn all(kept: &Kept, count: u64) -> Vec<Option<Content>> {
+        kept.contents(BlockRun { first: 0, count })
+    }
+
+    #[test]
+    fn what_was_noted_is_found_by_the_next_run_and_a_seed_with_it() {
+        let Some((_directory, path)) = disk(100) else {
+            return;
+        };
+        assert_eq!(Kept::seed(&path), None);
+        let kept = open(&path, 100);
+        assert_eq!(all(&kept, 100), vec![None; 100]);
+        kept.put(30, &[content(1), content(0), content(2)]);
+        kept.put(99, &[content(3)]);
+        kept.record(stamp(&path));
+        drop(kept);
+        assert_eq!(Kept::seed(&path), Some(KEEPS));
+        let kept = open(&path, 100);
+        let found = all(&kept, 100);
+        let known = |n| Some(content(n));
+        assert_eq!(found[29..34], [None, known(1), known(0), known(2), None]);
+        assert_eq!(found[99], known(3));
+
+        // Nobody else has them meanwhile.
+        assert!(Kept::open(&path, KEEPS, geometry(100), stamp(&path)).is_none());
+        kept.forget(BlockRun {
+            first: 31,
+            count: 69,
+        });
+        assert_eq!(all(&kept, 100)[29..34], [None, known(1), None, None, None]);
+        assert_eq!(all(&kept, 100)[99], None);
+    }
+
+    #[test]
+    fn what_a_run_has_not_finished_is_not_believed() {
+        let Some((_directory, path)) = disk(40) else {
+            return;
+        };
+        let kept = open(&path, 40);
+        kept.put(0, &[content(1)]);
+        kept.record(stamp(&path));
+        drop(kept);
+        let kept = open(&path, 40);
+        kept.put(1, &[content(2)]);
+        drop(kept);
+        assert_eq!(all(&open(&path, 40), 40), vec![None; 40]);
+    }
+
+    #[test]
+    fn of_another_size_whole_blocks_are_believed_and_the_rest_is_forgotten_for_ever() {
+        let Some((_directory, path)) = disk(100) else {
+            return;
+        };
+        let kept = open(&path, 100);
+        kept.put(0, &vec![content(9); 100]);
+        kept.record(stamp(&path));
+        drop(kept);
+        let smaller = Geometry::new(50 * BLOCK_SIZE + 7).unwrap();
+        let kept = Kept::open(&path, KEEPS, smaller, stamp(&path)).unwrap();
+        let believed: Vec<_> = all(&kept, 51).iter().map(Option::is_some).collect();
+        assert_eq!(believed, [vec![true; 50], vec![false]].concat());
+        resize(&path, 100);
+        kept.record(stamp(&path));
+        drop(kept);
+        let found = all(&open(&path, 100), 100);
+        assert!(found[..50].iter().all(Option::is_some));
+        assert!(found[50..].iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn damage_is_noticed_in_every_byte_of_a_record() {
+        let record = {
+            let mut record = Record::default();
+            record.put(3, &content(7));
+            record
+        };
+        let whole = record.encode(5);
+        assert_eq!(
+            Record::decode(5, whole[..].try_into().unwrap()),
+            Some(record)
+        );
+        assert_eq!(Record::decode(6, whole[..].try_into().unwrap()), None);
+        for place in 0..RECORD_LEN {
+            let mut damaged = whole.clone();
+            damaged[place] ^= 0x10;
+            assert_eq!(Record::decode(5, damaged[..].try_into().unwrap()), None);
+        }
+        assert_eq!(Record::decode(0, &[0; RECORD_LEN]), None);
+    }
+}

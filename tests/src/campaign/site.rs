@@ -121,13 +121,13 @@ impl Site {
 
     /// What is noted of runs on the destination's host.
     pub(super) fn runs(&self) -> Vec<String> {
-        names(&files_in(&self.lab.b.state()))
+        names(&notes(&self.lab.b))
     }
 
     /// When that was written last.
     pub(super) fn noted(&self) -> Option<SystemTime> {
-        let files = files_in(&self.lab.b.state()).into_iter();
-        files
+        notes(&self.lab.b)
+            .into_iter()
             .filter_map(|file| file.metadata().ok()?.modified().ok())
             .max()
     }
@@ -145,7 +145,7 @@ impl Site {
                 found.append(&mut files_in(&directory));
             }
         }
-        found.append(&mut files_in(&self.lab.a.state()));
+        found.append(&mut notes(&self.lab.a));
         found.append(&mut files_in(&self.lab.controller.home().join(".cache")));
         found
     }
@@ -224,6 +224,14 @@ fn files_in(directory: &Path) -> BTreeSet<PathBuf> {
             found.insert(path);
         }
     }
+    found
+}
+
+/// What a host notes of runs; the digests that it keeps are not of one.
+fn notes(host: &Host) -> BTreeSet<PathBuf> {
+    let kept = host.state().join("digests");
+    let mut found = files_in(&host.state());
+    found.retain(|path| !path.starts_with(&kept));
     found
 }
 

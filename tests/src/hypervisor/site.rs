@@ -376,7 +376,7 @@ impl Hypervisor {
             let _ = writeln!(state, "{vm} {}", self.virsh(&["domstate", vm]));
         }
         state += &self.virsh(&["vol-list", "default"]);
-        let find = "cd /var/lib; find libvirt/images libvirt/qemu/nvram libvirt/swtpm kvm-clone -type f -printf '%p %s %T@ %i\n' | sort; \
+        let find = "cd /var/lib; find libvirt/images libvirt/qemu/nvram libvirt/swtpm kvm-clone -path kvm-clone/digests -prune -o -type f -printf '%p %s %T@ %i\n' | sort; \
                     find libvirt/images -type f | sort | xargs -r md5sum";
         state + &self.run(&["sh", "-c", find])
     }

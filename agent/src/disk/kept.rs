@@ -16,13 +16,13 @@
 //! The seed of the digests belongs to a source and a destination: the destination's host
 //! remembers it, and the controller gives it to both.
 
+use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
-use std::{fs, io};
 
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN};
 use kvm_clone_protocol::message::Keeps;
@@ -31,6 +31,7 @@ use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use nix::sys::statvfs::fstatvfs;
 use serde::{Deserialize, Serialize};
 
+use super::confinement::reach;
 use super::file::DiskFile;
 use super::kernel::entries;
 use super::names::remove;
@@ -452,7 +453,7 @@ fn of_disk(directory: &Path, disk: &Path) -> Vec<(SystemTime, PathBuf)> {
 }
 
 fn modified(path: &Path) -> Option<SystemTime> {
-    path.symlink_metadata().ok()?.modified().ok()
+    reach(path).ok()?.symlink_metadata().ok()?.modified().ok()
 }
 
 /// Digests that were kept earlier; `None` when there are none that can be used.
@@ -480,12 +481,12 @@ fn make_room(directory: &Path, disk: &Path) {
     let of_disk = of_disk(directory, disk);
     let surplus = of_disk.len().saturating_sub(MAX_PAIRS - 1);
     for (_, path) in &of_disk[..surplus] {
-        let _ = fs::remove_file(path);
+        let _ = remove(path);
     }
     for path in entries(directory) {
         let age = modified(&path).and_then(|modified| modified.elapsed().ok());
         if age.is_some_and(|age| age > FORGOTTEN_AFTER) {
-            let _ = fs::remove_file(path);
+            let _ = remove(&path);
         }
     }
 }
@@ -520,7 +521,7 @@ mod tests {
     }
 
     fn resize(path: &Path, blocks: u64) {
-        let file = fs::File::options()
+        let file = std::fs::File::options()
             .create(true)
             .truncate(false)
             .write(true)

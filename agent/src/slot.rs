@@ -167,7 +167,7 @@ impl Slot {
             hash: params.hash,
             seed: params.seed,
         };
-        let keeping = self.keeping(start, keeps);
+        let keeping = self.keeping(start, keeps, geometry);
         let disk = match &mut self.target {
             Target::Readable(image) => Some(Arc::new(Disk::of(Arc::clone(image)))),
             Target::Destination(destination) if params.ship => {
@@ -222,13 +222,13 @@ impl Slot {
     }
 
     /// Nothing is kept of a source that others may write to, or that is only looked at.
-    fn keeping(&self, start: &Start, keeps: Keeps) -> Option<Keeping> {
+    fn keeping(&self, start: &Start, keeps: Keeps, geometry: Geometry) -> Option<Keeping> {
         let (Target::Readable(image), Access::Source, true) =
             (&self.target, self.access, start.params.ship)
         else {
             return None;
         };
-        let (kept, stamp) = image.keep(keeps, !start.full_scan)?;
+        let (kept, stamp) = image.keep(keeps, geometry, !start.full_scan)?;
         Some(Keeping {
             image: Arc::clone(image),
             kept: Arc::new(kept),

@@ -118,10 +118,14 @@ impl Image {
 
     /// Digests of a source that are kept from run to run, and what it is: where it has been left
     /// alone for a while.
-    pub(crate) fn keep(&self, keeps: Keeps, believed: bool) -> Option<(Kept, Stamp)> {
+    pub(crate) fn keep(
+        &self,
+        keeps: Keeps,
+        geometry: Geometry,
+        believed: bool,
+    ) -> Option<(Kept, Stamp)> {
         let stamp = (!self.is_device).then(|| Stamp::of_quiet(self.file.as_file()))??;
         let path = confinement::follow(&self.path).ok()?.canonical().ok()?;
-        let geometry = Geometry::new(stamp.size())?;
         let kept = Kept::open(&path, keeps, geometry, believed.then_some(stamp))?;
         Some((kept, stamp))
     }

@@ -104,8 +104,8 @@ impl Kept {
     }
 
     /// Those of `disk` under a seed for a session of this geometry, made where there are none. They
-    /// are believed if they describe what the disk is `now`. `None` where there is no place for them, or another process has
-    /// them: a run does without.
+    /// are believed if they describe what the disk is `now`. `None` where there is no place for
+    /// them, or another process has them: a run does without.
     pub(crate) fn open(
         disk: &Path,
         keeps: Keeps,

@@ -16,7 +16,7 @@ use crate::janitor::Janitor;
 use crate::measure::{self, Figures, Subject, measure};
 use crate::size::Size;
 use crate::sshd::{HOST, Sshd};
-use crate::tool::{SyncResult, Tool, isolated};
+use crate::tool::{SyncResult, Tool, isolated, remote};
 
 /// Where everything lies, for the tools' command lines.
 #[derive(Debug)]
@@ -50,6 +50,14 @@ impl Paths {
             .arg("-F")
             .arg(&self.ssh_config)
             .args(["-o", "json", "--no-progress"]);
+        command
+    }
+
+    /// The command that makes the destination what `source` is.
+    pub(crate) fn sync(&self, source: &Path) -> Command {
+        let mut command = self.controller();
+        command.args(["disk", "sync", "--method", "blocksync"]);
+        command.arg(source).arg(remote(&self.destination));
         command
     }
 
@@ -136,6 +144,9 @@ impl Lab {
         } else {
             case
         })?;
+        if tool == Tool::BlocksyncKept {
+            self.leave_digests(case)?;
+        }
         let is_scan = tool == Tool::ScanLimit;
         let subject = Subject {
             command: tool.command(case, &self.paths)?,
@@ -145,7 +156,7 @@ impl Lab {
         };
         let figures = measure(subject, self.sshd.relay())?;
         let sync = match tool {
-            Tool::Blocksync => Some(SyncResult::parse(&fs::read(
+            _ if tool.is_blocksync() => Some(SyncResult::parse(&fs::read(
                 self.paths.outputs.join("stdout"),
             )?)?),
             _ => None,
@@ -156,6 +167,17 @@ impl Lab {
             allocated_bytes,
             sync,
         })
+    }
+
+    /// Has both ends keep digests of what the destination holds: the source's too, where that is
+    /// the source.
+    fn leave_digests(&self, case: Case) -> Result<()> {
+        let from = match case {
+            Case::First => return Ok(()),
+            Case::Changed(0) => &self.paths.source,
+            Case::Changed(_) => &self.paths.old,
+        };
+        measure::run(&mut self.paths.sync(from), &self.paths.outputs)
     }
 
     /// Compares the result with what it should be; gives the space that a copied image takes.

@@ -142,7 +142,8 @@ fn run(args: &Args) -> Result<Report> {
     }
     for &case in &args.cases {
         lab.prepare(case)?;
-        for contender in limits::of(case).into_iter().chain(tools.iter().copied()) {
+        let contenders = limits::of(case).into_iter().chain(tools.iter().copied());
+        for contender in contenders.filter(|contender| contender.has_part_in(case)) {
             for run in 1..=runs {
                 say(&format!("{case}: {contender}, run {run} of {runs}"));
                 report.add(case, contender, run, lab.measure(case, contender));

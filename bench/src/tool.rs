@@ -18,6 +18,8 @@ use crate::sshd::HOST;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Tool {
     Blocksync,
+    /// With the digests that a run before has left.
+    BlocksyncKept,
     Rsync,
     Scp,
     BlocksyncFast,
@@ -37,6 +39,7 @@ impl fmt::Display for Tool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Blocksync => "blocksync",
+            Self::BlocksyncKept => "blocksync, kept digests",
             Self::Rsync => "rsync",
             Self::Scp => "scp",
             Self::BlocksyncFast => "blocksync-fast",
@@ -56,8 +59,22 @@ impl Tool {
             Self::Scp => Some("scp"),
             Self::BlocksyncFast => Some("blocksync-fast"),
             Self::Bdsync => Some("bdsync"),
-            Self::Blocksync | Self::ScanLimit | Self::WireLimit | Self::WireLimitAes => None,
+            Self::Blocksync
+            | Self::BlocksyncKept
+            | Self::ScanLimit
+            | Self::WireLimit
+            | Self::WireLimitAes => None,
         }
+    }
+
+    /// Whether it does a case in a way of its own: nothing is kept of what is not there yet.
+    pub(crate) fn has_part_in(self, case: Case) -> bool {
+        (self, case) != (Self::BlocksyncKept, Case::First)
+    }
+
+    /// Whether it is the product.
+    pub(crate) fn is_blocksync(self) -> bool {
+        matches!(self, Self::Blocksync | Self::BlocksyncKept)
     }
 
     /// Whether it ships a case's bytes without looking at what the destination has.
@@ -68,7 +85,7 @@ impl Tool {
     /// Whether a process of this name does the tool's own work, ssh and shells apart.
     pub(crate) fn is_worker(self) -> fn(&str) -> bool {
         match self {
-            Self::Blocksync => {
+            Self::Blocksync | Self::BlocksyncKept => {
                 |name| name.starts_with("agent-") || name.starts_with("kvm-clone-agent")
             }
             Self::Rsync => |name| name == "rsync",
@@ -83,7 +100,12 @@ impl Tool {
     /// The command that makes the destination equal to the source.
     pub(crate) fn command(self, case: Case, paths: &Paths) -> Result<Command> {
         match self {
-            Self::Blocksync => Ok(blocksync(paths)),
+            Self::Blocksync => {
+                let mut command = paths.sync(&paths.source);
+                command.arg("--full-scan");
+                Ok(command)
+            }
+            Self::BlocksyncKept => Ok(paths.sync(&paths.source)),
             Self::Rsync => rsync(case, paths),
             Self::Scp => Ok(scp(paths)),
             Self::BlocksyncFast => pipeline(BLOCKSYNC_FAST, paths),
@@ -95,16 +117,9 @@ impl Tool {
     }
 }
 
-fn remote(path: &Path) -> String {
+pub(crate) fn remote(path: &Path) -> String {
     // `Paths` are plain text: the lab has checked its directory.
     format!("{HOST}:{}", path.display())
-}
-
-fn blocksync(paths: &Paths) -> Command {
-    let mut command = paths.controller();
-    command.args(["disk", "sync", "--method", "blocksync"]);
-    command.arg(&paths.source).arg(remote(&paths.destination));
-    command
 }
 
 /// The flags that `kvm-clone-ctl --method rsync` promises; onto an older copy with

@@ -476,7 +476,8 @@ fn make(path: &Path, header: &Header) -> io::Result<(DiskFile, Slots, Header)> {
     Ok((file, slots, header.clone()))
 }
 
-/// Forgets what nobody has used for long, and pairs of a disk beyond those that it may have.
+/// Forgets what nobody has used for long, what was of disks that are gone, and pairs of a disk
+/// beyond those that it may have.
 fn make_room(directory: &Path, disk: &Path) {
     let of_disk = of_disk(directory, disk);
     let surplus = of_disk.len().saturating_sub(MAX_PAIRS - 1);
@@ -485,10 +486,23 @@ fn make_room(directory: &Path, disk: &Path) {
     }
     for path in entries(directory) {
         let age = modified(&path).and_then(|modified| modified.elapsed().ok());
-        if age.is_some_and(|age| age > FORGOTTEN_AFTER) {
+        if age.is_some_and(|age| age > FORGOTTEN_AFTER) || is_of_none(&path) {
             let _ = remove(&path);
         }
     }
+}
+
+/// Whether the disk is gone, and no run is at it: one that is being made has no name yet.
+fn is_of_none(path: &Path) -> bool {
+    let Ok(file) = DiskFile::open(path) else {
+        return false;
+    };
+    let Ok((_, header)) = Slots::open::<Header>(&file, FORMAT) else {
+        return false;
+    };
+    let found = reach(&header.disk).and_then(|at| at.symlink_metadata());
+    found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        && file.as_file().try_lock().is_ok()
 }
 
 #[cfg(test)]
@@ -619,6 +633,20 @@ mod tests {
         let found = all(&open(&path, 100), 100);
         assert!(found[..50].iter().all(Option::is_some));
         assert!(found[50..].iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn what_is_of_no_disk_is_forgotten_and_what_a_run_is_at_is_not() {
+        let Some((directory, path)) = disk(4) else {
+            return;
+        };
+        let (gone, coming) = (directory.path().join("gone"), directory.path().join("new"));
+        drop(Kept::open(&gone, KEEPS, geometry(4), None).unwrap());
+        let _coming = Kept::open(&coming, KEEPS, geometry(4), None).unwrap();
+        drop(open(&path, 4));
+        assert_eq!(Kept::seed(&gone), None);
+        assert_eq!(Kept::seed(&coming), Some(KEEPS));
+        assert_eq!(Kept::seed(&path), Some(KEEPS));
     }
 
     #[test]

@@ -4,8 +4,10 @@
 //! things can still deceive: the clock's grain, within which a second change leaves no trace, and
 //! a direct write whose time was taken when it began and whose bytes arrive later. So a stamp
 //! counts only when it is older than both, and nothing is kept of a file that a VM may write to.
-//! What only the page cache holds could be gone after a power cut while its time stays: a file is
-//! synced before its stamp is taken.
+//!
+//! After a power cut the times can be older than the contents: a direct write reaches the disk
+//! before the journal has its time, by seconds, or by a day with `lazytime`. So a stamp is of one
+//! boot, and the first run after the next one reads everything.
 //!
 //! Only file systems are trusted whose times are known to be exact, and which the kernel or udev
 //! tells from all others: ext4, XFS and btrfs.
@@ -41,7 +43,8 @@ const GETVERSION: libc::c_ulong = 0x8008_7601;
 /// A version of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
-    /// The file system: its UUID, as device numbers change from one boot to the next.
+    boot: u128,
+    /// The file system, by its UUID: a device number is soon another one's.
     file_system: [u8; 16],
     inode: u64,
     generation: u64,
@@ -60,6 +63,7 @@ impl Stamp {
             return None;
         }
         Some(Self {
+            boot: boot()?,
             file_system: match kind.0 {
                 BTRFS => identifier(file)?,
                 _ => uuid(file).or_else(|| uuid_by_udev(Node::of(&metadata)))?,
@@ -72,7 +76,8 @@ impl Stamp {
         })
     }
 
-    /// The stamp of a file that nobody has changed for a while, and whose contents are durable.
+    /// The stamp of a file that nobody has changed for a while. What a memory map has changed gets
+    /// its time when it is synced.
     pub(super) fn of_quiet(file: &File) -> Option<Self> {
         file.sync_all().ok()?;
         Self::of(file).filter(|stamp| stamp.age().is_some_and(|age| age >= AGE))
@@ -109,6 +114,15 @@ impl Stamp {
     }
 }
 
+fn boot() -> Option<u128> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    parse_uuid(id.trim())
+}
+
+fn parse_uuid(text: &str) -> Option<u128> {
+    u128::from_str_radix(&text.replace('-', ""), 16).ok()
+}
+
 fn uuid(file: &File) -> Option<[u8; 16]> {
     let mut found = [0_u8; 17];
     // SAFETY: the descriptor is open, and `found` has room for the length and the bytes that the
@@ -132,10 +146,8 @@ fn uuid_by_udev(node: Node) -> Option<[u8; 16]> {
     let device = Node::at(Path::new(&mount.source)).ok()?.stands_for?;
     let listed = entries(Path::new("/dev/disk/by-uuid"))
         .find(|path| Node::at(path).is_ok_and(|node| node.stands_for == Some(device)))?;
-    let digits: String = listed.file_name()?.to_str()?.replace('-', "");
-    u128::from_str_radix(&digits, 16)
-        .ok()
-        .map(u128::to_be_bytes)
+    let digits = listed.file_name()?.to_str()?;
+    parse_uuid(digits).map(u128::to_be_bytes)
 }
 
 fn generation(file: &File) -> Option<u64> {

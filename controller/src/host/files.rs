@@ -143,6 +143,10 @@ impl Host {
         .await?;
         self.tool_output(&["mv", "-f", "--", &temporary, path], b"")
             .await?;
+        let directory = path
+            .rsplit_once('/')
+            .map_or("/", |(directory, _)| directory);
+        self.tool_output(&["sync", "--", directory], b"").await?;
         Ok(())
     }
 

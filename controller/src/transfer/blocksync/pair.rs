@@ -166,21 +166,24 @@ impl Pair {
     /// `side` lost the other on the way for `disk`: the reason that the other gives, if it has
     /// one. It has none when it says only that it has lost this side as well.
     async fn blame(&mut self, side: Side, disk: Option<u32>) -> Option<Error> {
-        let (other, its_side) = match side {
-            Side::Source => (&mut self.destination, Side::Destination),
-            Side::Destination => (&mut self.source, Side::Source),
+        let other = match side {
+            Side::Source => Side::Destination,
+            Side::Destination => Side::Source,
         };
-        let kept = &mut self.kept;
         let reason = async {
             loop {
-                match other.next().await {
+                match self.side(other).next().await {
                     Ok(Control::Failed(failed)) if failed.code == FailureCode::LinkLost => {
                         if failed.disk == disk {
                             return None;
                         }
                     }
-                    Ok(Control::Failed(failed)) => return Some(on(other, failed)),
-                    Ok(said) => kept.push_back((its_side, said)),
+                    Ok(Control::Failed(failed)) => return Some(on(self.side(other), failed)),
+                    Ok(said) => {
+                        if let Err(error) = self.keep(other, said) {
+                            return Some(error);
+                        }
+                    }
                     Err(error) => return Some(error),
                 }
             }

@@ -131,11 +131,14 @@ impl Destination {
         geometry: Geometry,
         now: Option<Stamp>,
     ) -> Option<Kept> {
-        let is_device = self.base.as_ref().is_some_and(|base| base.is_device);
-        if is_device {
+        if self.is_device() {
             return None;
         }
         Kept::open(&self.names.path, keeps, geometry, now)
+    }
+
+    fn is_device(&self) -> bool {
+        self.base.as_ref().is_some_and(|base| base.is_device)
     }
 
     /// What it is once it is committed.
@@ -153,7 +156,7 @@ impl Destination {
     /// [`Failure`] when it cannot be examined, or something is in the way of what will be made.
     pub(crate) fn describe(&self, disk: u32) -> Result<Opened, Failure> {
         if let Some(base) = &self.base {
-            let keeps = match base.is_device {
+            let keeps = match self.is_device() {
                 false => Kept::seed(&self.names.path),
                 true => None,
             };

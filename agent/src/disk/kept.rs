@@ -234,11 +234,10 @@ impl Kept {
             return;
         }
         let recorded = match stamp {
-            Some(_) if !self.is_broken() => self.file.sync().and_then(|()| {
-                header.1.stamp = stamp;
-                let (slots, value) = &mut *header;
-                slots.write(&self.file, value)
-            }),
+            Some(_) if !self.is_broken() => self
+                .file
+                .sync()
+                .and_then(|()| self.describe(&mut header, stamp)),
             _ => Err(io::ErrorKind::Other.into()),
         };
         if recorded.is_err() {
@@ -253,10 +252,7 @@ impl Kept {
         }
         let mut header = self.header();
         let changed = || {
-            if header.1.stamp.take().is_some() {
-                let (slots, value) = &mut *header;
-                slots.write(&self.file, value)?;
-            }
+            self.describe(&mut header, None)?;
             if self
                 .writes
                 .fetch_add(1, Ordering::Relaxed)
@@ -281,12 +277,17 @@ impl Kept {
 
     /// Nothing is known.
     fn clear(&self) -> io::Result<()> {
-        let mut header = self.header();
-        if header.1.stamp.take().is_some() {
-            let (slots, value) = &mut *header;
-            slots.write(&self.file, value)?;
-        }
+        self.describe(&mut self.header(), None)?;
         self.file.set_len(Slots::len(FORMAT))
+    }
+
+    /// Notes durably what they describe, unless that is what stands there.
+    fn describe(&self, header: &mut (Slots, Header), stamp: Option<Stamp>) -> io::Result<()> {
+        if header.1.stamp == stamp {
+            return Ok(());
+        }
+        header.1.stamp = stamp;
+        header.0.write(&self.file, &header.1)
     }
 
     fn header(&self) -> std::sync::MutexGuard<'_, (Slots, Header)> {

@@ -76,15 +76,6 @@ impl Trial {
         }
     }
 
-    /// The next run makes it the new version, and leaves nothing.
-    fn is_completed_by_the_next_run(&mut self, agent: &mut Agent, at: &str) {
-        let next = self
-            .source
-            .sync(&self.ground, agent, &self.disks, self.wish);
-        assert!(next.is_ok(), "the next run: {next:?} {at}");
-        self.is_done(at);
-    }
-
     /// The run breaks off at some places, and the recovery from that at many.
     fn recovery_dies_at_every_step(&mut self, one_in: usize) {
         let (commit, end) = commit(&self.runs("log"));

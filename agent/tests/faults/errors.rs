@@ -90,12 +90,7 @@ impl Trial {
             assert_eq!(left, [""; 0], "{at}");
         }
         let mut agent = Agent::start(&self.ground, "");
-        let next = self
-            .source
-            .sync(&self.ground, &mut agent, &self.disks, self.wish);
-        let next = next.unwrap_or_else(|stopped| panic!("the next run: {stopped:?} {at}"));
-        self.is_done(at);
-        next
+        self.is_completed_by_the_next_run(&mut agent, at)
     }
 
     /// Each error at the first, the middle and the last call of each kind.

@@ -41,12 +41,7 @@ impl Trial {
             Err(Stopped::Died) => panic!("{at}"),
         }
         let mut agent = Agent::start(&self.ground, "");
-        let next = self
-            .source
-            .sync(&self.ground, &mut agent, &self.disks, self.wish);
-        let next = next.unwrap_or_else(|stopped| panic!("the next run: {stopped:?} {at}"));
-        self.is_done(at);
-        next
+        self.is_completed_by_the_next_run(&mut agent, at)
     }
 
     /// Cuts at the first bytes, at the last ones, and at many between.

@@ -5,7 +5,7 @@ use kvm_clone_tests::mount::Kind;
 
 use crate::agent::Agent;
 use crate::ground::{Disk, Ground, Length, Seen, on_ground};
-use crate::run::{Source, Wish};
+use crate::run::{Done, Source, Wish};
 
 /// A run that is to be broken off. Fields are dropped in order.
 pub(crate) struct Trial {
@@ -51,6 +51,16 @@ impl Trial {
         assert!(done.is_ok() && status.success(), "{done:?}: {said}");
         self.is_done(faults);
         said
+    }
+
+    /// The next run makes all the new version, and leaves nothing. Gives how it went.
+    pub(crate) fn is_completed_by_the_next_run(&mut self, agent: &mut Agent, at: &str) -> Done {
+        let next = self
+            .source
+            .sync(&self.ground, agent, &self.disks, self.wish);
+        let next = next.unwrap_or_else(|stopped| panic!("the next run: {stopped:?} {at}"));
+        self.is_done(at);
+        next
     }
 
     /// All are the new version, and nothing lies beside them.

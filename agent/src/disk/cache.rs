@@ -27,9 +27,9 @@ impl Image {
         self.advise(0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
     }
 
-    /// Looks which pages of a window are in the cache, and has the others read. `None` when all
-    /// are there, or the kernel does not tell.
-    pub(super) fn warm_up(&self, offset: u64, len: u64) -> Option<Cold> {
+    /// Looks which pages of a range, offset and length, are in the cache, and has the others read.
+    /// `None` when all are there, or the kernel does not tell.
+    pub(super) fn warm_up(&self, (offset, len): (u64, u64)) -> Option<Cold> {
         let resident = residency(self.file.as_file(), offset, len).ok()?;
         if resident.iter().all(|page| page & 1 == 1) {
             return None;

@@ -227,7 +227,8 @@ impl Kept {
         });
     }
 
-    /// From now on they describe the disk of this stamp. Without one they are of no use.
+    /// From now on they describe the disk of this stamp. Without one they are of no use. What the
+    /// storage did not take would be forgotten with the page cache, so it is asked.
     pub(crate) fn record(&self, stamp: Option<Stamp>) {
         let mut header = self.header();
         if header.1.stamp.is_some() && header.1.stamp == stamp {
@@ -245,7 +246,7 @@ impl Kept {
         }
     }
 
-    /// A change: before the first one they cease to describe anything, durably.
+    /// A change: before the first one they cease to describe anything.
     fn change(&self, change: impl FnOnce() -> io::Result<()>) {
         if self.is_broken() {
             return;
@@ -281,13 +282,14 @@ impl Kept {
         self.file.set_len(Slots::len(FORMAT))
     }
 
-    /// Notes durably what they describe, unless that is what stands there.
+    /// Notes what they describe, unless that is what stands there. A stamp is of one boot, so that
+    /// nothing here has to outlive a power cut.
     fn describe(&self, header: &mut (Slots, Header), stamp: Option<Stamp>) -> io::Result<()> {
         if header.1.stamp == stamp {
             return Ok(());
         }
         header.1.stamp = stamp;
-        header.0.write(&self.file, &header.1)
+        header.0.write_for_this_boot(&self.file, &header.1)
     }
 
     fn header(&self) -> std::sync::MutexGuard<'_, (Slots, Header)> {

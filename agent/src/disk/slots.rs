@@ -89,13 +89,29 @@ impl Slots {
 
     /// Replaces the value, durably.
     pub(super) fn write(&mut self, file: &DiskFile, value: &impl Serialize) -> io::Result<()> {
+        let number = self.put(file, value)?;
+        file.sync()?;
+        self.number = number;
+        Ok(())
+    }
+
+    /// Replaces the value, of which nobody asks any more once the machine has been off.
+    pub(super) fn write_for_this_boot(
+        &mut self,
+        file: &DiskFile,
+        value: &impl Serialize,
+    ) -> io::Result<()> {
+        self.number = self.put(file, value)?;
+        Ok(())
+    }
+
+    /// Writes the value over the older one; gives its number.
+    fn put(&self, file: &DiskFile, value: &impl Serialize) -> io::Result<u64> {
         let number = self.number + 1;
         let bytes = encode(self.format, number, value)?;
         let at = (number % 2) * self.format.slot_len as u64;
         file.write_all_at(&bytes, at)?;
-        file.sync()?;
-        self.number = number;
-        Ok(())
+        Ok(number)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Pipes and sockets as asynchronous streams of frames, in both directions.
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
@@ -13,12 +14,12 @@ use kvm_clone_protocol::frame::{self, Frame};
 use kvm_clone_protocol::preamble::{self, Preamble, Versions};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncReadExt, Interest, ReadBuf};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::time::Instant;
 use tokio_util::codec::Decoder;
+use tokio_util::io::poll_read_buf;
 
 use crate::failure::Failure;
-use crate::pace::Pace;
 
 /// How much is read at once: a full pipe, and some frames.
 const READ_SIZE: usize = 256 * 1024;
@@ -37,10 +38,6 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(20);
 /// nothing to say, swallowed by a frame whose length is wrong: four of them are 32 bytes. The price
 /// is that a connection has to carry 50 bytes a second, or a whole frame in [`SILENCE`].
 const SIGN_OF_LIFE: usize = 1024;
-
-/// Frames, or parts of them, that may wait for being written. Credit allows 65,000 of the smallest
-/// changes ahead, each in two parts; what has no credit is not to take more.
-const MAX_QUEUED: usize = 128 * 1024;
 
 /// Frames written with one system call.
 const WRITE_SLICES: usize = 32;
@@ -146,7 +143,7 @@ impl FrameReader {
                 let version = ours.negotiate(theirs.versions)?;
                 return Ok((theirs, version));
             }
-            if self.fill().await? == 0 {
+            if poll_fn(|context| self.poll_fill(context)).await? == 0 {
                 return Err(preamble::not_found(&self.buffer).into());
             }
         }
@@ -161,13 +158,20 @@ impl FrameReader {
             if let Some(frame) = self.buffered()? {
                 return Ok(Some(frame));
             }
-            if self.fill().await? == 0 {
-                return if self.buffer.is_empty() {
-                    Ok(None)
-                } else {
-                    Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
-                };
+            if poll_fn(|context| self.poll_fill(context)).await? == 0 {
+                return self.check_end().map(|()| None);
             }
+        }
+    }
+
+    /// Whether the stream, which is at its end, ends after a frame.
+    ///
+    /// # Errors
+    /// [`ReadError`] when it does not.
+    pub(crate) fn check_end(&self) -> Result<(), ReadError> {
+        match self.buffer.is_empty() {
+            true => Ok(()),
+            false => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
         }
     }
 
@@ -191,43 +195,43 @@ impl FrameReader {
         Ok(frame)
     }
 
-    async fn fill(&mut self) -> io::Result<usize> {
+    /// Reads more, for [`buffered`](Self::buffered) to look at; nothing at the end of the stream.
+    ///
+    /// # Errors
+    /// The stream broke.
+    pub(crate) fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         if self.buffer.capacity() - self.buffer.len() < READ_SIZE / 4 {
             self.buffer.reserve(READ_SIZE);
         }
-        let read = self.fd.read_buf(&mut self.buffer).await?;
+        let read = ready!(poll_read_buf(
+            Pin::new(&mut self.fd),
+            context,
+            &mut self.buffer
+        ))?;
         self.unheard += read;
         if self.unheard >= SIGN_OF_LIFE {
             self.expect_life();
         }
-        Ok(read)
+        Poll::Ready(Ok(read))
     }
 }
 
-/// Frames that go out, in order, at a pace.
+/// Frames that go out, in order.
 #[derive(Debug)]
 pub(crate) struct FrameWriter {
     fd: Pollable,
     queue: VecDeque<Bytes>,
-    pace: Pace,
 }
 
 impl FrameWriter {
-    /// `rate` in bytes a second; zero for no limit.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         Ok(Self {
             fd: Pollable::new(fd, true)?,
             queue: VecDeque::new(),
-            pace: Pace::unlimited(),
         })
     }
 
-    /// Limits the bytes a second from now on; zero for no limit.
-    pub(crate) fn set_rate(&mut self, rate: u64) {
-        self.pace = Pace::new(rate);
-    }
-
-    /// Takes a frame for writing, whatever waits already; see [`is_full`](Self::is_full).
+    /// Takes a frame for writing, whatever waits already.
     pub(crate) fn push(&mut self, frame: &Frame) {
         let mut head = BytesMut::with_capacity(frame::HEAD_LEN + frame.meta.len());
         frame.encode_head(&mut head);
@@ -245,9 +249,9 @@ impl FrameWriter {
         self.queue.is_empty()
     }
 
-    /// Whether nothing more should be pushed before something was written.
-    pub(crate) fn is_full(&self) -> bool {
-        self.queue.len() >= MAX_QUEUED
+    /// Frames, or parts of them, that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
     }
 
     /// Writes a part of what was taken; for ever pending when there is nothing. May be dropped
@@ -256,23 +260,36 @@ impl FrameWriter {
     /// # Errors
     /// The other end is gone.
     pub(crate) async fn write_some(&mut self) -> io::Result<()> {
+        poll_fn(|context| self.poll_write(context, usize::MAX))
+            .await
+            .map(drop)
+    }
+
+    /// Writes a part of what was taken, as many bytes as are `allowed` at the most; pending when
+    /// there is nothing.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    pub(crate) fn poll_write(
+        &mut self,
+        context: &mut Context<'_>,
+        allowed: usize,
+    ) -> Poll<io::Result<usize>> {
         if self.queue.is_empty() {
-            return std::future::pending().await;
+            return Poll::Pending;
         }
-        let allowed = self.pace.wait().await;
         let written = loop {
-            let mut guard = self.fd.0.writable().await?;
+            let mut guard = ready!(self.fd.0.poll_write_ready(context))?;
             let slices = slices(&self.queue, allowed);
             match guard.try_io(|fd| write_vectored(fd.get_ref(), &slices)) {
                 Ok(Ok(written)) => break written,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(error)) => return Err(error),
+                Ok(Err(error)) => return Poll::Ready(Err(error)),
                 Err(_would_block) => {}
             }
         };
-        self.pace.took(written);
         self.advance(written);
-        Ok(())
+        Poll::Ready(Ok(written))
     }
 
     /// Writes everything that was taken.

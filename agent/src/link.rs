@@ -39,6 +39,8 @@ const LAST_WORDS: usize = 2048;
 pub(crate) struct Link {
     pub(crate) reader: FrameReader,
     pub(crate) writer: FrameWriter,
+    /// Nothing more can be read.
+    pub(crate) is_over: bool,
     peer: Peer,
 }
 
@@ -119,6 +121,7 @@ impl Listener {
                 let mut link = Link {
                     reader,
                     writer,
+                    is_over: false,
                     peer: Peer::Attached { _lease: stream },
                 };
                 link.exchange_preambles(version).await?;
@@ -212,6 +215,7 @@ async fn dial_now(request: &Dial, version: u16) -> Result<Link, Failure> {
     let mut link = Link {
         reader,
         writer,
+        is_over: false,
         peer: Peer::Dialed {
             child,
             _known_hosts: known_hosts,
@@ -284,14 +288,6 @@ impl Link {
             .map_err(|error| Failure::link(format!("writing: {error}")))?;
         self.reader.preamble(ours).await?;
         Ok(())
-    }
-
-    /// The failure for a stream that has ended too early.
-    pub(crate) async fn lost(&mut self) -> Failure {
-        Failure::link(format!(
-            "the data connection ended too early{}",
-            self.last_words().await
-        ))
     }
 
     /// What the dialing command said, as the end of a message.

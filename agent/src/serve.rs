@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +16,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvm_clone_protocol::frame::Frame;
 use kvm_clone_protocol::message::{
-    Alive, Commit, Committed, Control, Dial, Dialed, Ended, FailureCode, Hello, Leftover, Listen,
-    Listening, Message, Open, Prepare, Progress, Recover, Recovered, Start, Welcome,
+    Alive, Commit, Committed, Control, Dial, Dialed, FailureCode, Hello, Leftover, Listen,
+    Listening, Message, Open, Prepare, Recover, Recovered, Start, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
+use kvm_clone_protocol::sync::MAX_STREAMS;
 use nix::unistd::geteuid;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, RwLock, Semaphore};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
@@ -29,9 +31,11 @@ use crate::channel::{BEAT, FrameReader, FrameWriter, SILENCE};
 use crate::commands::Commands;
 use crate::disk::{self, Run};
 use crate::failure::{Failure, short};
-use crate::link::{self, Link, Listener};
+use crate::link::{self, Listener};
+use crate::links::{Linking, Links};
+use crate::play::Stage;
 use crate::pool::Pool;
-use crate::slot::{Ready, Slot};
+use crate::slot::Slot;
 
 /// More than any VM has.
 const MAX_DISKS: usize = 256;
@@ -49,6 +53,9 @@ const GREETING: Duration = Duration::from_secs(30);
 /// A commit that is under way when the controller goes may end within this time, since a
 /// destination that is finished is worth more than one that waits for `recover`.
 const COMMIT_GRACE: Duration = Duration::from_secs(5);
+
+/// What a source held may be noted within this time, since that saves the next run its reading.
+const NOTE_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves a controller until it hangs up. It may have us run `commands`.
 ///
@@ -153,7 +160,13 @@ fn welcome() -> Result<Welcome, Failure> {
         boot_id: boot_id.trim().to_owned(),
         aes: has_aes(),
         uid: geteuid().as_raw(),
+        processors: processors(),
     })
+}
+
+fn processors() -> u16 {
+    let found = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    u16::try_from(found).unwrap_or(u16::MAX)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -183,19 +196,12 @@ struct Server {
     run: Arc<Mutex<Option<Run>>>,
     sessions: Vec<AbortHandle>,
     commit: Option<JoinHandle<()>>,
+    /// Read by whoever still notes what a source held.
+    noting: Arc<RwLock<()>>,
 }
 
 /// Held while a request is being answered.
 type Request = OwnedSemaphorePermit;
-
-/// A data connection that comes into being, or has. It is given up when this is dropped.
-struct Linking(JoinHandle<Result<Link, Failure>>);
-
-impl Drop for Linking {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
 
 /// The place of a disk: empty until it is open. Its lock puts requests for the disk in order.
 type Shelf = Arc<Mutex<Option<Slot>>>;
@@ -212,6 +218,7 @@ impl Server {
             run: Arc::default(),
             sessions: Vec::new(),
             commit: None,
+            noting: Arc::default(),
         }
     }
 
@@ -318,16 +325,14 @@ impl Server {
 
     fn start(&mut self, start: Start, request: Request) -> Result<(), Failure> {
         let shelf = self.shelf(start.disk, "start")?;
-        let link = self
-            .links
-            .remove(&start.link)
-            .ok_or_else(|| protocol(format!("start: there is no link {}", start.link)))?;
-        let (number, rate_limit) = (start.disk, start.rate_limit);
-        let (answers, pool, run) = (
-            self.answers.clone(),
-            self.pool.clone(),
-            Arc::clone(&self.run),
-        );
+        let links = Links::new(self.take_links(&start)?, start.rate_limit);
+        let number = start.disk;
+        let (answers, run) = (self.answers.clone(), Arc::clone(&self.run));
+        let stage = Stage {
+            answers: self.answers.clone(),
+            pool: self.pool.clone(),
+            noting: Arc::clone(&self.noting),
+        };
         let session = tokio::spawn(async move {
             let mut slot = shelf.lock_owned().await;
             let mut run = run.lock_owned().await;
@@ -337,7 +342,7 @@ impl Server {
                     answers.warn(number, ready.warnings.clone());
                     answers.say(&ready.started);
                     drop(request);
-                    play(number, ready, link, rate_limit, &pool, &answers).await;
+                    stage.play(number, ready, links).await;
                 }
                 Err(failure) => answers.fail(Some(number), failure),
             }
@@ -345,6 +350,20 @@ impl Server {
         self.sessions.retain(|session| !session.is_finished());
         self.sessions.push(session.abort_handle());
         Ok(())
+    }
+
+    /// The data connections of a session.
+    fn take_links(&mut self, start: &Start) -> Result<Vec<Linking>, Failure> {
+        if !(1..=MAX_STREAMS).contains(&start.links) {
+            let message = format!("start: {} data connections for a session", start.links);
+            return Err(protocol(message));
+        }
+        let numbers = (0..u32::from(start.links)).map(|more| start.link.saturating_add(more));
+        let taken = numbers.map(|link| {
+            let missing = || protocol(format!("start: there is no link {link}"));
+            self.links.remove(&link).ok_or_else(missing)
+        });
+        taken.collect()
     }
 
     fn prepare(&mut self, prepare: Prepare, request: Request) -> Result<(), Failure> {
@@ -421,6 +440,7 @@ impl Server {
         for session in &self.sessions {
             session.abort();
         }
+        let _ = tokio::time::timeout(NOTE_GRACE, self.noting.write()).await;
         if let Some(commit) = self.commit.take() {
             // Whatever came of it, from here on only its note decides.
             let _ = tokio::time::timeout(COMMIT_GRACE, commit).await;
@@ -482,7 +502,7 @@ fn protocol(message: String) -> Failure {
 }
 
 /// Does what may block on a thread that may.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
     let broken = |error| Failure::new(FailureCode::Internal, format!("a thread broke: {error}"));
@@ -495,60 +515,4 @@ async fn blocking<T: Send + 'static>(
 /// The controller's choice, if this build speaks it.
 fn link_version(version: u16) -> Result<u16, Failure> {
     Ok(SUPPORTED.negotiate(Versions::only(version))?)
-}
-
-/// Plays a session to its end, and tells the controller how it ended.
-async fn play(
-    disk: u32,
-    ready: Ready,
-    link: Linking,
-    rate_limit: u64,
-    pool: &Pool,
-    answers: &Answers,
-) {
-    let progress = Arc::clone(&ready.progress);
-    match play_session(disk, ready, link, rate_limit, pool, answers).await {
-        Ok(ended) => answers.say(&ended),
-        Err(failure) => {
-            progress.fail(failure.code);
-            answers.fail(Some(disk), failure);
-        }
-    }
-}
-
-async fn play_session(
-    disk: u32,
-    ready: Ready,
-    mut link: Linking,
-    rate_limit: u64,
-    pool: &Pool,
-    answers: &Answers,
-) -> Result<Ended, Failure> {
-    let stopped = |_| Failure::new(FailureCode::Cancelled, "the data connection was given up");
-    let mut link = (&mut link.0).await.map_err(stopped)??;
-    link.writer.set_rate(rate_limit);
-    let ships = ready.session.params.ship;
-    let report = |counters| answers.news(&Progress { disk, counters });
-    let outcome = ready.session.run(link, pool, report).await?;
-    if let Some(watch) = ready.watch
-        && let Some(warning) = watch.look()?
-    {
-        answers.warn(disk, vec![warning]);
-    }
-    if ships {
-        ready.progress.end();
-    }
-    if let Some(keeping) = ready.keeping {
-        blocking(move || {
-            keeping.record();
-            Ok(())
-        })
-        .await?;
-    }
-    Ok(Ended {
-        disk,
-        counters: outcome.counters,
-        first_difference: outcome.first_difference,
-        root: ships.then_some(outcome.root),
-    })
 }

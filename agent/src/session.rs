@@ -1,21 +1,20 @@
-//! Drives one half of a session: the machine decides, the pool works, the link carries.
+//! Drives one half of a session: the machine decides, the pool works, the links carry.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_clone_protocol::digest::Digester;
-use kvm_clone_protocol::message::{Beat, Compression, Counters, Message, SessionParams};
-use kvm_clone_protocol::preamble::PREAMBLE_LEN;
+use kvm_clone_protocol::message::{Compression, Counters, SessionParams};
 use kvm_clone_protocol::sync::{DiskDone, DiskOp, Machine, Outcome, Ticket};
 use kvm_clone_protocol::units::Geometry;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::channel::{BEAT, SILENCE};
+use crate::channel::BEAT;
 use crate::compress::Compressor;
 use crate::disk::{Disk, Kept, SessionContext};
 use crate::failure::Failure;
-use crate::link::Link;
+use crate::links::{Event, Links};
 use crate::pool::Pool;
 
 /// How often the controller hears how far a session is.
@@ -37,13 +36,14 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Runs to the end, and reports counters on the way.
+    /// Runs to the end, and reports counters on the way. The disk is looked at while the links are
+    /// still coming into being.
     ///
     /// # Errors
-    /// [`Failure`] of the disk, the link or the other end.
+    /// [`Failure`] of the disk, the links or the other end.
     pub(crate) async fn run(
         mut self,
-        mut link: Link,
+        mut links: Links,
         pool: &Pool,
         mut report: impl FnMut(Counters),
     ) -> Result<Outcome, Failure> {
@@ -53,17 +53,15 @@ impl Session {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut beats = tokio::time::interval_at(Instant::now() + BEAT, BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // The link may have waited for its session, and the peer for its own.
-        link.reader.expect_life();
         loop {
-            self.turn(&mut link, pool, &compressor, &done_to);
+            self.turn(&mut links, pool, &compressor, &done_to);
             compressor.set_wire_bound(self.machine.is_wire_bound());
-            if let Some(outcome) = self.outcome()
-                && link.writer.is_empty()
+            if let Some(outcome) = self.outcome(&links)
+                && links.is_empty()
             {
                 return Ok(outcome);
             }
-            let silent = tokio::time::sleep_until(link.reader.heard() + SILENCE);
+            let patience = links.patience();
             tokio::select! {
                 Some((ticket, result)) = done.recv() => {
                     self.machine.handle_disk(ticket, result?)?;
@@ -71,74 +69,52 @@ impl Session {
                         self.machine.handle_disk(ticket, result?)?;
                     }
                 }
-                frame = link.reader.next() => {
-                    let Some(frame) = frame? else { return Err(link.lost().await) };
-                    self.machine.handle_frame(&frame)?;
-                    while let Some(frame) = link.reader.buffered()? {
+                event = links.next() => match event? {
+                    Event::Moved => {}
+                    Event::Frame(frame) => {
                         self.machine.handle_frame(&frame)?;
+                        while let Some(frame) = links.arrived() {
+                            self.machine.handle_frame(&frame)?;
+                        }
+                    }
+                    // If the peer has said its last word, all is well, and what could not be
+                    // written is nothing that it waited for. Ours it would have to hear.
+                    Event::Lost if self.machine.outcome().is_none() => {}
+                    Event::Lost | Event::Over => return Err(links.failure().await),
+                },
+                () = tokio::time::sleep_until(patience) => {
+                    if links.patience() <= Instant::now() {
+                        return Err(links.failure().await);
                     }
                 }
-                written = link.writer.write_some() => {
-                    if let Err(error) = written {
-                        return match self.hear_out(&mut link).await {
-                            Some(outcome) => Ok(outcome),
-                            None => Err(Failure::link(format!(
-                                "writing to the peer: {error}{}", link.last_words().await
-                            ))),
-                        };
-                    }
-                }
-                () = silent => if link.reader.heard().elapsed() >= SILENCE {
-                    return Err(Failure::link(format!(
-                        "the peer is silent{}", link.last_words().await
-                    )));
-                },
-                _ = beats.tick() => if link.writer.is_empty() {
-                    link.writer.push(&Beat {}.frame()?);
-                },
-                _ = ticks.tick() => report(self.counted(self.machine.counters())),
+                _ = beats.tick() => links.beat()?,
+                _ = ticks.tick() => report(self.counted(self.machine.counters(), &links)),
             }
         }
     }
 
-    fn outcome(&self) -> Option<Outcome> {
+    fn outcome(&self, links: &Links) -> Option<Outcome> {
         let outcome = self.machine.outcome()?;
-        let counters = self.counted(outcome.counters);
+        let counters = self.counted(outcome.counters, links);
         Some(Outcome {
             counters,
             ..outcome
         })
     }
 
-    /// The machine knows neither of the preambles, which are bytes between the agents too, nor of
-    /// what needed no reading.
-    fn counted(&self, mut counters: Counters) -> Counters {
-        counters.bytes_wire += 2 * PREAMBLE_LEN as u64;
+    /// The machine knows nothing of what its links say for themselves, which are bytes between the
+    /// agents too, nor of what needed no reading.
+    fn counted(&self, mut counters: Counters, links: &Links) -> Counters {
+        counters.bytes_wire += links.own_wire();
         counters.bytes_trusted = self.kept.as_ref().map_or(0, |kept| kept.bytes_trusted());
         counters.bytes_read = counters.bytes_read.saturating_sub(counters.bytes_trusted);
         counters
     }
 
-    /// Hears the rest of a peer that hears nothing any more: if it has said its last word, all is
-    /// well, and what could not be written is nothing that it waited for.
-    async fn hear_out(&mut self, link: &mut Link) -> Option<Outcome> {
-        if self.machine.outcome().is_some() {
-            return None;
-        }
-        let heard = async {
-            while self.machine.outcome().is_none() {
-                let frame = link.reader.next().await.ok()??;
-                self.machine.handle_frame(&frame).ok()?;
-            }
-            self.outcome()
-        };
-        tokio::time::timeout(SILENCE, heard).await.ok()?
-    }
-
     /// Does all that the machine wants now. What it sends may make room for operations.
     fn turn(
         &mut self,
-        link: &mut Link,
+        links: &mut Links,
         pool: &Pool,
         compressor: &Arc<Compressor>,
         done: &mpsc::UnboundedSender<Done>,
@@ -149,11 +125,11 @@ impl Session {
             }
             // A peer that reads nothing and says on and on what it has would have ever more settled
             // blocks announced to it.
-            if link.writer.is_full() {
+            if links.is_full() {
                 return;
             }
             match self.machine.poll_transmit() {
-                Some(frame) => link.writer.push(&frame),
+                Some(frame) => links.push(frame),
                 None => return,
             }
         }

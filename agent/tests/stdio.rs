@@ -231,6 +231,7 @@ fn a_session_needs_an_open_disk_and_a_link() {
     let start = Start {
         disk: 0,
         link: 0,
+        links: 1,
         role: Role::Sender,
         params,
         compression: kvm_clone_protocol::message::Compression::Off,

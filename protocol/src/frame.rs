@@ -64,11 +64,12 @@ pub enum FrameKind {
     End = 0x46,
     Agreed = 0x47,
     Beat = 0x48,
+    Place = 0x49,
 }
 
 impl FrameKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::Hello,
         Self::Welcome,
         Self::Open,
@@ -101,6 +102,7 @@ impl FrameKind {
         Self::End,
         Self::Agreed,
         Self::Beat,
+        Self::Place,
     ];
 
     fn from_wire(byte: u8) -> Result<Self, FrameError> {

@@ -130,7 +130,7 @@ messages! {
 messages! {
     /// What travels on a data connection, in either direction. The raw bytes of `Digests` and
     /// `Data` stay in the frame's payload.
-    Stream { Digests, Holes, Data, Zeros, Settled, Credit, End, Agreed, Beat }
+    Stream { Digests, Holes, Data, Zeros, Settled, Credit, End, Agreed, Beat, Place }
 }
 
 /// Controller to agent, first: who calls, and the version chosen from both preambles.
@@ -157,6 +157,8 @@ pub struct Welcome {
     pub aes: bool,
     /// Effective user.
     pub uid: u32,
+    /// Processors that the agent may use.
+    pub processors: u16,
 }
 
 /// What a disk is opened for.
@@ -362,6 +364,9 @@ pub struct Start {
     pub disk: u32,
     /// The data connection's number.
     pub link: u32,
+    /// Data connections of the session, numbered from `link` on: 1 to
+    /// [`MAX_STREAMS`](crate::sync::MAX_STREAMS). The session begins with whichever comes first.
+    pub links: u16,
     /// Which half.
     pub role: Role,
     /// What both ends must agree on.
@@ -652,3 +657,11 @@ pub struct Agreed {
 /// the session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Beat {}
+
+/// Ahead of every frame but `Beat`, where a session has several data connections: the number of
+/// the frame that comes next on this one. Each direction counts from zero.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The frame's number among all of its direction.
+    pub number: u64,
+}

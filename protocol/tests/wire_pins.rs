@@ -104,6 +104,7 @@ fn pin(kind: FrameKind) -> Pin {
         FrameKind::Leftover => leftover(),
         FrameKind::Recovered => recovered(),
         FrameKind::Beat => beat(),
+        FrameKind::Place => place(),
     }
 }
 
@@ -132,15 +133,17 @@ fn welcome() -> Pin {
             boot_id: "c0ffee".to_owned(),
             aes: true,
             uid: 1000,
+            processors: 2,
         },
-        "37000000 02 00 3700  # 55 bytes, Welcome, no flags, all meta
+        "38000000 02 00 3800  # 56 bytes, Welcome, no flags, all meta
          05 302e312e30        # release: 0.1.0
          06 7838365f3634      # arch: x86_64
          000102030405060708090a0b0c0d0e0f  # agent_digest: 32 bytes, no length
          101112131415161718191a1b1c1d1e1f
          06 633066666565      # boot_id: c0ffee
          01                   # aes: yes
-         e807                 # uid: 1000, seven bits a byte, the lowest first"
+         e807                 # uid: 1000, seven bits a byte, the lowest first
+         02                   # processors"
     )
 }
 
@@ -259,6 +262,7 @@ fn start() -> Pin {
         Start {
             disk: 3,
             link: 2,
+            links: 1,
             role: Role::Receiver,
             params: SessionParams {
                 size: 1 << 20,
@@ -273,9 +277,10 @@ fn start() -> Pin {
             stage_dir: b"/s".to_vec(),
             full_scan: true,
         },
-        "33000000 09 00 3300  # 51 bytes, Start
+        "34000000 09 00 3400  # 52 bytes, Start
          03      # disk
          02      # link
+         01      # links
          01      # role: Receiver
          808040  # params: size 2^20
          01      #   hash: Blake3
@@ -485,6 +490,15 @@ fn recovered() -> Pin {
 
 fn beat() -> Pin {
     pin!(Stream, Beat {}, "00000000 48 00 0000  # no bytes, Beat")
+}
+
+fn place() -> Pin {
+    pin!(
+        Stream,
+        Place { number: 300 },
+        "02000000 49 00 0200  # 2 bytes, Place
+         ac02  # number"
+    )
 }
 
 fn digests() -> Pin {
@@ -729,6 +743,7 @@ fn the_choices_have_their_numbers() {
     let start = |role, hash, compression| Start {
         disk: 0,
         link: 0,
+        links: 1,
         role,
         params: SessionParams {
             size: 0,
@@ -746,17 +761,17 @@ fn the_choices_have_their_numbers() {
     let (sender, xxh3) = (Role::Sender, HashKind::Xxh3);
     let roles = [Role::Sender, Role::Receiver];
     assert_eq!(
-        roles.map(|role| byte_of(&start(role, xxh3, Compression::Off), 2)),
+        roles.map(|role| byte_of(&start(role, xxh3, Compression::Off), 3)),
         [0, 1]
     );
     let hashes = [HashKind::Xxh3, HashKind::Blake3];
     assert_eq!(
-        hashes.map(|hash| byte_of(&start(sender, hash, Compression::Off), 4)),
+        hashes.map(|hash| byte_of(&start(sender, hash, Compression::Off), 5)),
         [0, 1]
     );
     let compressions = [Compression::Off, Compression::Auto, Compression::Level(9)];
     assert_eq!(
-        compressions.map(|c| byte_of(&start(sender, xxh3, c), 39)),
+        compressions.map(|c| byte_of(&start(sender, xxh3, c), 40)),
         [0, 1, 2]
     );
 }
@@ -773,6 +788,7 @@ fn the_ways_to_apply_have_their_numbers() {
     let start = |apply| Start {
         disk: 0,
         link: 0,
+        links: 1,
         role: Role::Receiver,
         params: SessionParams {
             size: 0,
@@ -787,7 +803,7 @@ fn the_ways_to_apply_have_their_numbers() {
         stage_dir: Vec::new(),
         full_scan: false,
     };
-    assert_eq!(choices.map(|c| byte_of(&start(c), 41)), [0, 1, 2, 3]);
+    assert_eq!(choices.map(|c| byte_of(&start(c), 42)), [0, 1, 2, 3]);
     let started = |apply| Started {
         disk: 0,
         apply: Some(apply),

@@ -45,6 +45,7 @@ fn begin(ground: &Confined, caller: &mut Caller, disk: u32, path: &str) -> bool 
     let start = Start {
         disk,
         link: disk,
+        links: 1,
         role: Role::Receiver,
         params: SessionParams {
             size: MIB,

@@ -103,6 +103,28 @@ fn a_connection_may_be_slow_or_give_bytes_in_any_pieces() {
     }
 }
 
+#[test]
+fn a_connection_that_never_comes_is_done_without() {
+    for disks in [grows as fn(&Ground) -> _, fresh] {
+        try_out(Kind::Ext4, ApplyChoice::Auto, disks, |trial| {
+            trial.source.misses_one = true;
+            for plan in [
+                &[] as &[Plan],
+                &Way::BOTH.map(|way| (way, Trouble::Dribble(3))),
+            ] {
+                let since = Instant::now();
+                trial.goes_over(plan).unwrap();
+                trial.is_done(&format!("{plan:?}"));
+                // Nobody waits until it is given up.
+                assert!(since.elapsed() < Duration::from_secs(20), "{plan:?}");
+            }
+            let cut = [(Way::ToDestination, Trouble::CutAt(300_000))];
+            let result = trial.goes_over(&cut);
+            trial.is_taken_up(&result, "cut");
+        });
+    }
+}
+
 /// A run that stalls. Gives how long that took to be noticed.
 fn stalls(ground: &Ground, disk: Disk, plan: &[Plan]) -> Duration {
     let mut source = Source::new(ground, "");

@@ -58,6 +58,8 @@ pub(crate) struct Source {
     number: u32,
     /// What happens to the next data connections, where they go through this process.
     pub(crate) plans: Option<Vec<Plan>>,
+    /// Each session is promised a second data connection, which never comes.
+    pub(crate) misses_one: bool,
     /// What has arrived over the last one.
     pub(crate) arrived: Option<Arc<Arrived>>,
 }
@@ -70,6 +72,7 @@ impl Source {
             faults: faults.to_owned(),
             number: 0,
             plans: None,
+            misses_one: false,
             arrived: None,
         }
     }
@@ -120,7 +123,12 @@ impl Source {
     ) -> Result<(), Stopped> {
         let opened = open(to, number, disk, Access::Destination).map_err(of_destination)?;
         open(&mut self.agent, number, disk, Access::Source).map_err(of_source)?;
-        let _relay = self.connect(to, number)?;
+        let _relay = self.connect(to, 2 * number)?;
+        if self.misses_one {
+            for agent in [&mut *to, &mut self.agent] {
+                listen(agent, 2 * number + 1).map_err(of_destination)?;
+            }
+        }
         let params = SessionParams {
             size: disk.size(),
             hash: HashKind::Xxh3,
@@ -130,7 +138,8 @@ impl Source {
         };
         let start = |role| Start {
             disk: number,
-            link: number,
+            link: 2 * number,
+            links: 1 + u16::from(self.misses_one),
             role,
             params,
             compression: Compression::Off,

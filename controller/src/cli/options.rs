@@ -2,6 +2,7 @@
 //! the defaults are taken into account. The same parsers read the command line and the file.
 
 use std::ffi::{OsStr, OsString};
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -10,11 +11,14 @@ use bytesize::ByteSize;
 use clap::{ArgAction, Args, ValueEnum};
 use kvm_clone_protocol::digest::HashKind;
 use kvm_clone_protocol::message::{ApplyChoice, Compression};
+use kvm_clone_protocol::sync::MAX_STREAMS;
 
 use crate::config::Config;
 use crate::endpoint::DiskSpec;
 use crate::error::{Error, Result};
-use crate::transfer::{MethodChoice, Operation, Options, Request, RouteChoice, Verification};
+use crate::transfer::{
+    MethodChoice, Operation, Options, Request, RouteChoice, Streams, Verification,
+};
 
 /// The options that every command takes.
 #[derive(Debug, Clone, Args)]
@@ -178,6 +182,21 @@ impl FromStr for CompressChoice {
     }
 }
 
+impl FromStr for Streams {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let count = text.parse::<NonZeroU16>();
+        match (text, count) {
+            ("auto", _) => Ok(Self::Auto),
+            (_, Ok(count)) if count.get() <= MAX_STREAMS => Ok(Self::Count(count)),
+            _ => Err(BadValue(format!(
+                "expected auto or a number from 1 to {MAX_STREAMS}"
+            ))),
+        }
+    }
+}
+
 /// [`HashKind`] as it is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HashChoice(pub HashKind);
@@ -246,6 +265,10 @@ pub struct TransferArgs {
     /// Compress blocks on the wire: auto, off, or a zstd level from 1 to 19 [default: auto]
     #[arg(long, value_name = "auto|off|1..19")]
     pub compress: Option<CompressChoice>,
+    /// How many ssh connections carry a disk side by side: auto, or 1 to 16 [default: auto, several
+    /// for a first copy of 1 GiB and more, where both hosts have the processors]
+    #[arg(long, value_name = "auto|N")]
+    pub streams: Option<Streams>,
     #[command(flatten)]
     pub compare: CompareArgs,
     /// How to change a destination that exists: staged (changes wait beside it until all are there),
@@ -298,6 +321,7 @@ impl TransferArgs {
                 .compress
                 .or(config.compress)
                 .map_or(default.compression, |choice| choice.0),
+            streams: self.streams.unwrap_or(default.streams),
             apply: self
                 .apply
                 .or(config.apply)

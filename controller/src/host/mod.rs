@@ -74,6 +74,15 @@ struct Inner {
     shared: OnceCell<Option<SharedConnection>>,
 }
 
+/// How a data connection to a host is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attach {
+    /// As a further channel of the control connection.
+    Channel,
+    /// As a connection of its own.
+    Alone,
+}
+
 /// An agent on a host, and how it is run there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AgentPath {
@@ -234,7 +243,12 @@ impl Host {
     ///
     /// # Errors
     /// For a name that is not letters and digits, and as [`Host::resolved`].
-    pub async fn attach_argv(&self, agent: &AgentPath, name: &str) -> Result<Vec<OsString>> {
+    pub async fn attach_argv(
+        &self,
+        agent: &AgentPath,
+        name: &str,
+        way: Attach,
+    ) -> Result<Vec<OsString>> {
         let words = agent.attach_words(name)?;
         let HostSpec::Ssh(target) = &self.inner.spec else {
             return Ok(words
@@ -242,7 +256,7 @@ impl Host {
                 .map(|word| OsString::from_vec(word.to_vec()))
                 .collect());
         };
-        let socket = self.socket();
+        let socket = self.socket().filter(|_| way == Attach::Channel);
         let sharing = socket
             .as_deref()
             .map_or(Sharing::Alone, |socket| Sharing::Channel(socket.path()));
@@ -257,8 +271,13 @@ impl Host {
     ///
     /// # Errors
     /// As [`Host::attach_argv`].
-    pub async fn attach_command(&self, agent: &AgentPath, name: &str) -> Result<Command> {
-        let mut command = ssh::shielded(&self.attach_argv(agent, name).await?);
+    pub async fn attach_command(
+        &self,
+        agent: &AgentPath,
+        name: &str,
+        way: Attach,
+    ) -> Result<Command> {
+        let mut command = ssh::shielded(&self.attach_argv(agent, name, way).await?);
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -28,7 +28,9 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, SshOptions};
 use crate::progress::Style;
 pub use choice::{Abilities, Choice, direct};
-pub use request::{LiveRead, MethodChoice, Operation, Options, Request, RouteChoice, Verification};
+pub use request::{
+    LiveRead, MethodChoice, Operation, Options, Request, RouteChoice, Streams, Verification,
+};
 pub use result::{Route, TransferResult};
 
 /// What a transfer needs from the program around it. Clones share everything.

@@ -1,5 +1,6 @@
 //! What a transfer is asked to do.
 
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -89,6 +90,16 @@ pub enum RouteChoice {
     Relay,
 }
 
+/// How many data connections a disk has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Streams {
+    /// As many as are worth it.
+    #[default]
+    Auto,
+    /// So many, 1 to [`MAX_STREAMS`](kvm_clone_protocol::sync::MAX_STREAMS).
+    Count(NonZeroU16),
+}
+
 /// How the destination's contents are checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Verification {
@@ -136,6 +147,8 @@ pub struct Options {
     pub live: LiveRead,
     /// How frames travel.
     pub route: RouteChoice,
+    /// How many data connections carry them.
+    pub streams: Streams,
     /// Whether blocks are compressed.
     pub compression: Compression,
     /// How blocks are digested.
@@ -160,6 +173,7 @@ impl Default for Options {
             method: MethodChoice::Blocksync,
             live: LiveRead::No,
             route: RouteChoice::Auto,
+            streams: Streams::Auto,
             compression: Compression::Auto,
             hash: HashKind::Xxh3,
             apply: ApplyChoice::Auto,

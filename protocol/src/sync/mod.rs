@@ -27,6 +27,7 @@
 //! connection. The price of this form is that every wait is a queue with a name; what it buys is
 //! that a thousand sessions with faults in them run in a second of test.
 
+mod order;
 mod peer_blocks;
 mod receiver;
 mod runs;
@@ -40,6 +41,7 @@ use crate::frame::{Frame, FrameKind};
 use crate::message::{Counters, Encoding, Message, MessageError};
 use crate::units::{BLOCK_LEN, BlockRun};
 
+pub use order::{MAX_STREAMS, Numbers, Order};
 pub use receiver::Receiver;
 pub use runs::{MapRun, RunKind};
 pub use sender::Sender;
@@ -283,6 +285,14 @@ pub enum Misbehaviour {
     EarlyEnd { at: u64, count: u64 },
     #[error("agreement on another root than the one sent")]
     WrongRoot,
+    #[error("a number for a frame, in a session on a single connection")]
+    Numbered,
+    #[error("a {0:?} frame where its number, or what one was given for, was next")]
+    NoPlace(FrameKind),
+    #[error("a second frame with the number {number}, of kind {kind:?}")]
+    SamePlace { kind: FrameKind, number: u64 },
+    #[error("a {0:?} frame that is too far ahead of what is missing")]
+    TooEarly(FrameKind),
 }
 
 impl From<Misbehaviour> for SyncError {
@@ -326,6 +336,16 @@ fn payload_fits(encoding: Encoding, payload: usize, len: usize) -> bool {
     match encoding {
         Encoding::Raw => payload == len,
         Encoding::Zstd => payload > 0 && payload < len,
+    }
+}
+
+/// A slice keeps the whole buffer alive that it was read into. A block fills a good part of that;
+/// a few bytes are copied instead, so that memory is what credit counts.
+fn own(bytes: &Bytes) -> Bytes {
+    if bytes.len() < BLOCK_LEN / 2 {
+        Bytes::copy_from_slice(bytes)
+    } else {
+        bytes.clone()
     }
 }
 

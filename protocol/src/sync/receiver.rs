@@ -9,7 +9,7 @@ use super::runs::{RunKind, Runs};
 use super::{
     CHANGE_COST, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, MAX_READS, MAX_WRITES, Machine,
     Misbehaviour, Outcome, SyncError, Ticket, WINDOW, WRITE_BATCH, WriteBlock, content_at,
-    digest_count, payload_fits, small,
+    digest_count, own, payload_fits, small,
 };
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
@@ -17,7 +17,7 @@ use crate::message::{
     Agreed, Beat, Counters, Credit, Data, Digests, End, Holes, SessionParams, Settled, Stream,
     Zeros,
 };
-use crate::units::{BLOCK_LEN, BlockRun, Geometry};
+use crate::units::{BlockRun, Geometry};
 
 /// Credit is told once this much has been consumed: 1 MiB, a small part of the window, so that the
 /// sender does not run dry while a credit is on its way.
@@ -66,16 +66,6 @@ pub struct Receiver {
     their_root: Option<Digest>,
     root: Option<Digest>,
     agreement_sent: bool,
-}
-
-/// A slice keeps the whole buffer alive that it was read into. A block fills a good part of that;
-/// a few bytes are copied instead, so that memory is what credit counts.
-fn own(payload: &Bytes) -> Bytes {
-    if payload.len() < BLOCK_LEN / 2 {
-        Bytes::copy_from_slice(payload)
-    } else {
-        payload.clone()
-    }
 }
 
 /// A run of blocks between planning and being told.
@@ -175,6 +165,7 @@ impl Machine for Receiver {
                 Ok(())
             }
             Stream::End(End { root }) => self.on_end(root),
+            Stream::Place(_) => Err(Misbehaviour::Numbered.into()),
             Stream::Digests(_) | Stream::Holes(_) | Stream::Credit(_) | Stream::Agreed(_) => {
                 Err(Misbehaviour::WrongSide(frame.kind).into())
             }

@@ -112,6 +112,7 @@ impl Machine for Sender {
             }
             Stream::Credit(Credit { consumed }) => self.on_credit(consumed),
             Stream::Agreed(Agreed { root }) => self.on_agreed(root),
+            Stream::Place(_) => Err(Misbehaviour::Numbered.into()),
             Stream::Data(_) | Stream::Zeros(_) | Stream::Settled(_) | Stream::End(_) => {
                 Err(Misbehaviour::WrongSide(frame.kind).into())
             }

@@ -324,6 +324,7 @@ fn forged_control(neighbour: &str, params: &SessionParams) -> Vec<Frame> {
         frame(&Start {
             disk: 7,
             link: 7,
+            links: 1,
             role: Role::Receiver,
             params: *params,
             compression: Compression::Off,
@@ -403,6 +404,7 @@ fn welcome() -> Welcome {
         boot_id: "forged".to_owned(),
         aes: false,
         uid: 0,
+        processors: 2,
     }
 }
 

@@ -55,6 +55,7 @@ pub fn start(disk: u32, role: Role, params: SessionParams, apply: ApplyChoice) -
     Start {
         disk,
         link: disk,
+        links: 1,
         role,
         params,
         compression: Compression::Off,

@@ -34,6 +34,7 @@ fn answers() -> Vec<Story> {
         boot_id: text(),
         aes: true,
         uid: 0,
+        processors: 2,
     };
     let opened = Opened {
         disk: 0,

@@ -184,10 +184,9 @@ fn number(at: usize) -> u32 {
 /// give the same name.
 fn check_distinct(pair: &Pair, request: &Request, disks: &Disks) -> Result<()> {
     let (ours, theirs) = (&disks.source, &disks.destination);
-    let one_kernel = pair.source.welcome().boot_id == pair.destination.welcome().boot_id;
     let same_identity = ours.identity.is_some() && ours.identity == theirs.identity;
     let same_storage = !ours.storage.is_empty() && ours.storage == theirs.storage;
-    if one_kernel && same_identity || same_storage {
+    if pair.is_one_kernel() && same_identity || same_storage {
         let (source, destination) = (&request.source, &request.destination);
         let message = format!("{source} and {destination} are one and the same disk");
         return Err(Error::new(ErrorCode::Refused, message));

@@ -16,6 +16,15 @@ pub(super) enum Side {
     Destination,
 }
 
+impl Side {
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
+}
+
 /// When one side lost the other, the other has this long to say why.
 const BLAME_TIME: Duration = Duration::from_secs(3);
 
@@ -56,6 +65,16 @@ impl Pair {
         }
     }
 
+    /// Whether both agents run on the same host.
+    pub(super) fn is_one_host(&self) -> bool {
+        self.source.host().spec() == self.destination.host().spec()
+    }
+
+    /// Whether both agents run on the same machine, whatever its names.
+    pub(super) fn is_one_kernel(&self) -> bool {
+        self.source.welcome().boot_id == self.destination.welcome().boot_id
+    }
+
     pub(super) fn side(&mut self, side: Side) -> &mut AgentConnection {
         match side {
             Side::Source => &mut self.source,
@@ -90,6 +109,51 @@ impl Pair {
                 | Control::Failed(_) => self.keep(side, said)?,
                 answer => return Ok(answer),
             }
+        }
+    }
+
+    /// Asks one side without waiting for the [answer](Self::answer).
+    ///
+    /// # Errors
+    /// Its connection's.
+    pub(super) async fn tell<M: Message>(&mut self, side: Side, request: &M) -> Result<()> {
+        self.side(side).send(request).await
+    }
+
+    /// Waits for one of several answers that a side owes at once, in whatever order they come:
+    /// the first that `is_it`. What it says of other things is kept, the other answers as well.
+    ///
+    /// # Errors
+    /// The failure that it answers with, of `disk` where that is the case, or its connection's.
+    pub(super) async fn answer(
+        &mut self,
+        side: Side,
+        disk: Option<u32>,
+        is_it: impl Fn(&Control) -> bool,
+    ) -> Result<Control> {
+        let settles = |said: &Control| match said {
+            Control::Failed(failed) => failed.disk.is_none() || failed.disk == disk,
+            said => is_it(said),
+        };
+        let kept = |(from, said): &(Side, Control)| *from == side && settles(said);
+        let said = match self.kept.iter().position(kept) {
+            Some(at) => self.kept.remove(at).map(|(_, said)| said),
+            None => None,
+        };
+        let said = match said {
+            Some(said) => said,
+            None => loop {
+                let said = self.side(side).next().await?;
+                self.about(&said)?;
+                if settles(&said) {
+                    break said;
+                }
+                self.keep(side, said)?;
+            },
+        };
+        match said {
+            Control::Failed(failed) => Err(on(self.side(side), failed)),
+            said => Ok(said),
         }
     }
 
@@ -166,10 +230,7 @@ impl Pair {
     /// `side` lost the other on the way for `disk`: the reason that the other gives, if it has
     /// one. It has none when it says only that it has lost this side as well.
     async fn blame(&mut self, side: Side, disk: Option<u32>) -> Option<Error> {
-        let other = match side {
-            Side::Source => Side::Destination,
-            Side::Destination => Side::Source,
-        };
+        let other = side.other();
         let reason = async {
             loop {
                 match self.side(other).next().await {
@@ -221,6 +282,14 @@ fn on(agent: &AgentConnection, failed: Failed) -> Error {
         }
         _ => error,
     }
+}
+
+/// Whether it answers something, rather than telling what goes on.
+pub(super) fn is_answer(said: &Control) -> bool {
+    !matches!(
+        said,
+        Control::Progress(_) | Control::Ended(_) | Control::Warning(_) | Control::Failed(_)
+    )
 }
 
 /// An answer that is none to what was asked.

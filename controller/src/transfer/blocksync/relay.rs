@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use super::route::{LINK_TIME, token_line};
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::AgentConnection;
+use crate::host::{AgentConnection, Attach};
 
 /// How much is read at once.
 const READ_SIZE: usize = 256 * 1024;
@@ -35,10 +35,11 @@ impl Relay {
     pub(super) async fn start(
         [source, destination]: [(&AgentConnection, &Listening); 2],
         versions: Versions,
+        way: Attach,
     ) -> Result<Self> {
         let (mut one, mut other) = tokio::try_join!(
-            End::attach(source.0, source.1),
-            End::attach(destination.0, destination.1)
+            End::attach(source.0, source.1, way),
+            End::attach(destination.0, destination.1, way)
         )?;
         // Each waits for the other's preamble before it says anything else.
         let preambles =
@@ -94,11 +95,11 @@ struct End {
 }
 
 impl End {
-    async fn attach(agent: &AgentConnection, listening: &Listening) -> Result<Self> {
+    async fn attach(agent: &AgentConnection, listening: &Listening, way: Attach) -> Result<Self> {
         let name = agent.host().to_string();
         let mut command = agent
             .host()
-            .attach_command(agent.agent_path(), &listening.name)
+            .attach_command(agent.agent_path(), &listening.name, way)
             .await?;
         let failed = |error| Error::io(format!("opening a data connection to {name}"), error);
         let mut child = command.stderr(Stdio::null()).spawn().map_err(failed)?;

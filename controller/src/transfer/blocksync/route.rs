@@ -10,63 +10,116 @@
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
-use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Message, Token};
+use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Token};
 use kvm_clone_protocol::preamble::Versions;
+use kvm_clone_protocol::sync::MAX_STREAMS;
 
-use super::pair::{Pair, Side, unexpected};
+use super::pair::{Pair, Side, is_answer, unexpected};
 use super::relay::Relay;
 use crate::error::{Error, ErrorCode, Result};
+use crate::host::Attach;
 use crate::transfer::request::RouteChoice;
 use crate::transfer::result::Route;
 
 /// How long the making of a link may take: an agent gives up after 30 s.
 pub(super) const LINK_TIME: Duration = Duration::from_secs(40);
 
-/// The agents' data connection.
+/// The numbers of the links of one disk: as many for the first try as for a second one.
+const NUMBERS: u32 = 2 * LINKS;
+const LINKS: u32 = MAX_STREAMS as u32;
+
+/// The agents' data connections for one disk.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) route: Route,
-    /// The number of the link, the same on both sides.
+    /// The number of the first link, the same on both sides.
     pub(super) link: u32,
-    /// The protocol version on it.
+    /// How many there are, numbered from that on.
+    pub(super) links: u16,
+    /// The protocol version on them.
     pub(super) version: u16,
-    pub(super) relay: Option<Relay>,
+    pub(super) relays: Vec<Relay>,
+    /// The side that is about to tell whether it has reached the other.
+    pub(super) dialing: Option<Side>,
 }
 
-/// Connects the agents.
+/// Connects the agents by so many links. Where there is no other way than the one that is taken, they
+/// may still be on it: see [`dialed`].
 ///
 /// # Errors
 /// When the chosen route cannot be had.
 ///
-/// `disk` numbers the connection, and a second one where the first try fails.
-pub(super) async fn connect(pair: &mut Pair, choice: RouteChoice, disk: u32) -> Result<Connection> {
-    let link = disk.saturating_mul(2);
+/// `disk` numbers the links, and others where the first try fails.
+pub(super) async fn connect(
+    pair: &mut Pair,
+    choice: RouteChoice,
+    disk: u32,
+    links: u16,
+) -> Result<Connection> {
+    let first = disk.saturating_mul(NUMBERS);
     let is_local = |side: &crate::host::AgentConnection| side.host().is_local();
-    let one_host = pair.source.host().spec() == pair.destination.host().spec();
+    let has_choice = !is_local(&pair.source) && !is_local(&pair.destination);
     match choice {
-        RouteChoice::Relay => relay(pair, link).await,
-        _ if one_host => {
-            let listening = listen(pair, Side::Destination, link).await?;
-            dial(pair, Side::Source, Vec::new(), Vec::new(), &listening).await?;
-            Ok(Connection {
-                route: Route::Local,
-                link,
-                version: link_version(pair),
-                relay: None,
-            })
-        }
-        RouteChoice::Direct => direct(pair, link).await,
-        RouteChoice::Auto if is_local(&pair.source) || is_local(&pair.destination) => {
-            direct(pair, link).await
-        }
-        RouteChoice::Auto => match direct(pair, link).await {
-            Err(error) if is_about_the_way(&error) => {
-                tracing::info!("no direct route: {}", error.one_line());
-                relay(pair, link + 1).await
+        RouteChoice::Relay => relay(pair, first, links).await,
+        _ if pair.is_one_host() => local(pair, first, links).await,
+        RouteChoice::Auto if has_choice => {
+            let mut connection = direct(pair, first, links).await?;
+            match dialed(pair, &mut connection).await {
+                Err(error) if is_about_the_way(&error) => {
+                    tracing::info!("no direct route: {}", error.one_line());
+                    relay(pair, first + LINKS, links).await
+                }
+                dialed => dialed.map(|()| connection),
             }
-            result => result,
-        },
+        }
+        RouteChoice::Direct | RouteChoice::Auto => direct(pair, first, links).await,
     }
+}
+
+/// Waits until the side that dials has reached the other, by one link at least: a session does
+/// without the others.
+///
+/// # Errors
+/// When it has not.
+pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Result<()> {
+    let Some(side) = connection.dialing.take() else {
+        return Ok(());
+    };
+    let links = connection.link..connection.link + u32::from(connection.links);
+    let (mut reached, mut missed) = (false, None);
+    for _ in links.clone() {
+        // The disk may be heard of already.
+        let is_it = |said: &Control| is_answer(said) && !matches!(said, Control::Started(_));
+        match in_time(pair.answer(side, None, is_it)).await {
+            Ok(Control::Dialed(dialed)) if links.contains(&dialed.link) => reached = true,
+            Ok(answer) => return Err(unexpected("dial", &answer)),
+            Err(error) => {
+                tracing::info!("a data connection less: {}", error.one_line());
+                missed.get_or_insert(error);
+            }
+        }
+    }
+    match missed {
+        Some(error) if !reached && connection.route == Route::Direct => {
+            Err(unreached(pair, side, error))
+        }
+        Some(error) if !reached => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// What it means that the side that dials has not reached the other.
+fn unreached(pair: &mut Pair, dialing: Side, error: Error) -> Error {
+    if error.code() != ErrorCode::Interrupted {
+        return error;
+    }
+    let from = pair.side(dialing).host().to_string();
+    let host = pair.side(dialing.other()).host();
+    let said = error.to_string();
+    let code = host.explain(&said).code();
+    Error::new(code, format!("{from} does not reach {host} directly"))
+        .caused_by(said)
+        .hint("let it log in there (--forward-agent, or a key of its own), or use --route relay")
 }
 
 /// Whether another route may help.
@@ -80,61 +133,79 @@ fn is_about_the_way(error: &Error) -> bool {
     )
 }
 
-async fn direct(pair: &mut Pair, link: u32) -> Result<Connection> {
+async fn local(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
+    for link in numbers(first, links) {
+        let listening = listen(pair, Side::Destination, link).await?;
+        dial(pair, Side::Source, Vec::new(), Vec::new(), &listening).await?;
+    }
+    let dialing = Some(Side::Source);
+    Ok(Connection::new(pair, Route::Local, first, links, dialing))
+}
+
+async fn direct(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
     let (listener, dialer) = if pair.destination.host().is_local() {
         (Side::Source, Side::Destination)
     } else {
         (Side::Destination, Side::Source)
     };
     let dialer_is_local = pair.side(dialer).host().is_local();
-    let listening = listen(pair, listener, link).await?;
     let (host, path) = {
         let agent = pair.side(listener);
         (agent.host().clone(), agent.agent_path().clone())
     };
-    let (command, known_hosts) = if dialer_is_local {
-        // This machine reaches the host already: one more channel of that connection.
-        let argv = host.attach_argv(&path, &listening.name).await?;
-        (
-            argv.into_iter().map(OsStringExt::into_vec).collect(),
-            Vec::new(),
-        )
-    } else {
-        host.dial_command(&path, &listening.name).await?
-    };
-    let from = pair.side(dialer).host().to_string();
-    dial(pair, dialer, command, known_hosts, &listening)
-        .await
-        .map_err(|error| {
-            if error.code() != ErrorCode::Interrupted {
-                return error;
-            }
-            let said = error.to_string();
-            let code = host.explain(&said).code();
-            Error::new(code, format!("{from} does not reach {host} directly"))
-                .caused_by(said)
-                .hint("let it log in there (--forward-agent, or a key of its own), or use --route relay")
-        })?;
-    Ok(Connection {
-        route: Route::Direct,
-        link,
-        version: link_version(pair),
-        relay: None,
-    })
+    for link in numbers(first, links) {
+        let listening = listen(pair, listener, link).await?;
+        let (command, known_hosts) = if dialer_is_local {
+            let argv = host.attach_argv(&path, &listening.name, way(first, link));
+            let argv = argv.await?.into_iter().map(OsStringExt::into_vec);
+            (argv.collect(), Vec::new())
+        } else {
+            host.dial_command(&path, &listening.name).await?
+        };
+        dial(pair, dialer, command, known_hosts, &listening).await?;
+    }
+    let dialing = Some(dialer);
+    Ok(Connection::new(pair, Route::Direct, first, links, dialing))
 }
 
-async fn relay(pair: &mut Pair, link: u32) -> Result<Connection> {
-    let source = listen(pair, Side::Source, link).await?;
-    let destination = listen(pair, Side::Destination, link).await?;
-    let versions = Versions::only(link_version(pair));
-    let ends = [(&pair.source, &source), (&pair.destination, &destination)];
-    let relay = Relay::start(ends, versions).await?;
-    Ok(Connection {
-        route: Route::Relay,
-        link,
-        version: link_version(pair),
-        relay: Some(relay),
-    })
+async fn relay(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
+    let mut connection = Connection::new(pair, Route::Relay, first, links, None);
+    let versions = Versions::only(connection.version);
+    for link in numbers(first, links) {
+        let source = listen(pair, Side::Source, link).await?;
+        let destination = listen(pair, Side::Destination, link).await?;
+        let ends = [(&pair.source, &source), (&pair.destination, &destination)];
+        let relay = Relay::start(ends, versions, way(first, link)).await?;
+        connection.relays.push(relay);
+    }
+    Ok(connection)
+}
+
+impl Connection {
+    fn new(pair: &Pair, route: Route, link: u32, links: u16, dialing: Option<Side>) -> Self {
+        Self {
+            route,
+            link,
+            links,
+            version: link_version(pair),
+            relays: Vec::new(),
+            dialing,
+        }
+    }
+}
+
+fn numbers(first: u32, links: u16) -> impl Iterator<Item = u32> {
+    first..first + u32::from(links)
+}
+
+/// One ssh connection is one processor's worth of cipher: the first link is a channel of the
+/// connection that is there, which costs no login, and each further one a connection of its own.
+fn way(first: u32, link: u32) -> Attach {
+    if link == first {
+        Attach::Channel
+    } else {
+        Attach::Alone
+    }
 }
 
 /// The newest version that both agents speak: each has been negotiated with this program.
@@ -144,12 +215,13 @@ fn link_version(pair: &Pair) -> u16 {
 
 async fn listen(pair: &mut Pair, side: Side, link: u32) -> Result<Listening> {
     let version = link_version(pair);
-    match ask_now(pair, side, &Listen { link, version }).await? {
+    match in_time(pair.ask(side, None, &Listen { link, version })).await? {
         Control::Listening(listening) if listening.link == link => Ok(listening),
         answer => Err(unexpected("listen", &answer)),
     }
 }
 
+/// Has a side reach the other. It has not done so yet: see [`dialed`].
 async fn dial(
     pair: &mut Pair,
     side: Side,
@@ -165,18 +237,14 @@ async fn dial(
         token: listening.token,
         name: listening.name.clone(),
     };
-    match ask_now(pair, side, &dial).await? {
-        Control::Dialed(dialed) if dialed.link == dial.link => Ok(()),
-        answer => Err(unexpected("dial", &answer)),
-    }
+    pair.tell(side, &dial).await
 }
 
-/// Asks for what takes an agent no longer than it waits for a link itself.
-async fn ask_now<M: Message>(pair: &mut Pair, side: Side, request: &M) -> Result<Control> {
-    let asked = tokio::time::timeout(LINK_TIME, pair.ask(side, None, request)).await;
-    asked.unwrap_or_else(|_| {
-        let host = pair.side(side).host();
-        let message = format!("{host} makes no data connection");
+/// Waits for what takes an agent no longer than it waits for a link itself.
+async fn in_time(answer: impl Future<Output = Result<Control>>) -> Result<Control> {
+    let answered = tokio::time::timeout(LINK_TIME, answer).await;
+    answered.unwrap_or_else(|_| {
+        let message = "an agent makes no data connection";
         Err(Error::new(ErrorCode::Interrupted, message))
     })
 }

@@ -10,17 +10,24 @@ use kvm_clone_protocol::message::{
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, MAX_DISK_SIZE};
 
-use super::pair::{Pair, Side, unexpected};
+use super::pair::{Pair, Side, is_answer, unexpected};
 use super::route::{self, Connection};
 use super::{Disks, number};
 use crate::error::{Error, ErrorCode, Result};
+use crate::host::AgentConnection;
 use crate::progress::Progress;
-use crate::transfer::request::{Operation, Request, RouteChoice};
+use crate::transfer::request::{Operation, Request, RouteChoice, Streams};
 use crate::transfer::result::Route;
 use crate::transfer::{At as _, Context, Job, Stopped};
 
 /// The most warnings of one disk: an agent has a handful.
 const MAX_WARNINGS: usize = 100;
+
+/// A first copy of this size, in bytes, is worth further logins: it takes seconds.
+const MUCH: u64 = 1 << 30;
+
+/// Data connections of a disk where the user does not say how many: what a fast link takes.
+const MOST_BY_ITSELF: u16 = 4;
 
 /// What both ends agreed on for a disk, where anything was shipped.
 pub(super) type Root = Option<Digest>;
@@ -100,10 +107,10 @@ impl<'a, 'b> Sessions<'a, 'b> {
         }) = ended
         {
             progress.finish();
-            if error.code() == ErrorCode::Interrupted
-                && let Some(relay) = &mut connection.relay
-            {
-                error = relay.failure().await.unwrap_or(error);
+            if error.code() == ErrorCode::Interrupted {
+                for relay in &mut connection.relays {
+                    error = relay.failure().await.unwrap_or(error);
+                }
             }
         }
         let goes_on = self.jobs[0].request.operation == Operation::Verify
@@ -118,22 +125,24 @@ impl<'a, 'b> Sessions<'a, 'b> {
     async fn start(&mut self, at: usize) -> Result<()> {
         let request = self.jobs[at].request;
         let choice = self.route.unwrap_or(request.options.route);
-        let connection = route::connect(self.pair, choice, number(at)).await?;
+        let streams = self.streams(at);
+        let mut connection = route::connect(self.pair, choice, number(at), streams).await?;
         if connection.route == Route::Relay {
             self.route = Some(RouteChoice::Relay);
         }
         let params = self.params(at)?;
-        for (side, role) in [
+        let sides = [
             (Side::Destination, Role::Receiver),
             (Side::Source, Role::Sender),
-        ] {
-            let start = start(request, number(at), connection.link, role, params);
-            match self.pair.ask(side, Some(start.disk), &start).await? {
-                Control::Started(started) if started.disk == start.disk => {
-                    self.begun(at, side, &started);
-                }
-                answer => return Err(unexpected("start", &answer)),
-            }
+        ];
+        // The destination is read while the agents still look for each other.
+        for (side, role) in sides {
+            let start = start(request, number(at), &connection, role, params);
+            self.pair.tell(side, &start).await?;
+        }
+        route::dialed(self.pair, &mut connection).await?;
+        for (side, _) in sides {
+            self.started(at, side).await?;
         }
         let result = &mut self.jobs[at].result;
         result.route = Some(connection.route);
@@ -146,6 +155,41 @@ impl<'a, 'b> Sessions<'a, 'b> {
         };
         self.running.insert(at, running);
         Ok(())
+    }
+
+    /// Waits until a side has started.
+    async fn started(&mut self, at: usize, side: Side) -> Result<()> {
+        let disk = number(at);
+        let is_it = |said: &Control| match said {
+            // Before the answer there is nothing else to say of the disk.
+            Control::Progress(progress) => progress.disk == disk,
+            Control::Ended(ended) => ended.disk == disk,
+            said => is_answer(said),
+        };
+        match self.pair.answer(side, Some(disk), is_it).await? {
+            Control::Started(started) if started.disk == disk => {
+                self.begun(at, side, &started);
+                Ok(())
+            }
+            answer => Err(unexpected("start", &answer)),
+        }
+    }
+
+    /// How many data connections a disk gets.
+    fn streams(&self, at: usize) -> u16 {
+        let disks = &self.disks[at];
+        match self.jobs[at].request.options.streams {
+            Streams::Count(count) => count.get(),
+            Streams::Auto if disks.destination.kind != DiskKind::Missing => 1,
+            Streams::Auto if !self.ships || disks.source.size < MUCH => 1,
+            // They would share its processors.
+            Streams::Auto if self.pair.is_one_kernel() => 1,
+            Streams::Auto => {
+                let of = |agent: &AgentConnection| agent.welcome().processors;
+                let fewest = of(&self.pair.source).min(of(&self.pair.destination));
+                fewest.clamp(1, MOST_BY_ITSELF)
+            }
+        }
     }
 
     fn begun(&mut self, at: usize, side: Side, started: &Started) {
@@ -314,12 +358,19 @@ fn protocol(message: impl Into<String>) -> Error {
     Error::new(ErrorCode::Protocol, message)
 }
 
-fn start(request: &Request, disk: u32, link: u32, role: Role, params: SessionParams) -> Start {
+fn start(
+    request: &Request,
+    disk: u32,
+    connection: &Connection,
+    role: Role,
+    params: SessionParams,
+) -> Start {
     let options = &request.options;
     let stage_dir = options.stage_dir.as_ref();
     Start {
         disk,
-        link,
+        link: connection.link,
+        links: connection.links,
         role,
         params,
         compression: options.compression,

@@ -15,6 +15,7 @@ mod failure;
 mod link;
 mod pace;
 mod pool;
+mod priority;
 mod serve;
 mod session;
 mod slot;

@@ -1,4 +1,5 @@
-//! A limit on bytes a second: a token bucket, kept as the instant at which it would be full.
+//! A limit on bytes a second: a token bucket, kept as the instant at which it would be full. Who
+//! writes frames waits here, and who reads disks in `disk/throttle.rs`.
 
 use std::time::Duration;
 
@@ -8,12 +9,12 @@ use tokio::time::Instant;
 /// more than its share, long enough that timers do not cost throughput.
 const DEPTH: Duration = Duration::from_millis(50);
 
-/// Paces a writer.
+/// Paces who writes, or reads.
 #[derive(Debug)]
 pub(crate) struct Pace {
     /// Bytes a second; zero for no limit.
     rate: u64,
-    /// When everything written so far is paid for.
+    /// When everything so far is paid for.
     paid: Instant,
 }
 
@@ -29,12 +30,29 @@ impl Pace {
         }
     }
 
+    /// Bytes a second; zero for no limit.
+    pub(crate) fn rate(&self) -> u64 {
+        self.rate
+    }
+
     /// Waits until at least half of the bucket is there; returns how many bytes may be written.
     pub(crate) async fn wait(&self) -> usize {
+        if self.rate > 0 {
+            tokio::time::sleep_until(self.ready()).await;
+        }
+        self.open()
+    }
+
+    /// When at least half of the bucket is there.
+    pub(crate) fn ready(&self) -> Instant {
+        self.paid.checked_sub(DEPTH / 2).unwrap_or(self.paid)
+    }
+
+    /// How many bytes may go now; a little at least.
+    pub(crate) fn open(&self) -> usize {
         if self.rate == 0 {
             return usize::MAX;
         }
-        tokio::time::sleep_until(self.paid.checked_sub(DEPTH / 2).unwrap_or(self.paid)).await;
         let open = (Instant::now() + DEPTH)
             .saturating_duration_since(self.paid)
             .min(DEPTH);
@@ -48,7 +66,7 @@ impl Pace {
         bytes.max(1)
     }
 
-    /// So many bytes were written.
+    /// So many bytes went.
     pub(crate) fn took(&mut self, bytes: usize) {
         if self.rate > 0 {
             let cost = Duration::from_secs_f64(bytes as f64 / self.rate as f64);

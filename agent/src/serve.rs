@@ -31,6 +31,7 @@ use crate::disk::{self, Run};
 use crate::failure::{Failure, short};
 use crate::link::{self, Link, Listener};
 use crate::pool::Pool;
+use crate::priority;
 use crate::slot::{Ready, Slot};
 
 /// More than any VM has.
@@ -323,6 +324,13 @@ impl Server {
             .remove(&start.link)
             .ok_or_else(|| protocol(format!("start: there is no link {}", start.link)))?;
         let (number, rate_limit) = (start.disk, start.rate_limit);
+        disk::limit_reads(start.read_limit);
+        if start.nice
+            && let Err(error) = priority::be_nice()
+        {
+            let warning = format!("the agent could not step back behind others: {error}");
+            self.answers.warn(number, vec![warning]);
+        }
         let (answers, pool, run) = (
             self.answers.clone(),
             self.pool.clone(),

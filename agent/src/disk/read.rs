@@ -9,6 +9,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use super::SessionContext;
 use super::image::Image;
 use super::kept::{Piece, pieces};
+use super::throttle::admit;
 use crate::failure::Failure;
 
 /// Memory of one worker, used again for every block so that it stays in the processor's cache.
@@ -71,7 +72,8 @@ impl Image {
         Ok(blocks)
     }
 
-    /// Reads the blocks of a run one after the other into `buffer`, which stays in the cache.
+    /// Reads the blocks of a run one after the other into `buffer`, which stays in the cache; as
+    /// many at once as the limit allows.
     pub(super) fn read_blocks(
         &self,
         run: BlockRun,
@@ -80,14 +82,20 @@ impl Image {
         missing: Missing,
         mut each: impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let (offset, len) = geometry.byte_range(run);
-        let cold = self.warm_up(offset, len);
-        for index in run.first..run.end() {
-            let block = &mut buffer[..geometry.block_len(index)];
-            self.read_block(block, index * BLOCK_SIZE, missing)?;
-            each(index, block)?;
+        let mut first = run.first;
+        while first < run.end() {
+            let count = admit(run.end() - first);
+            let part = BlockRun { first, count };
+            let (offset, len) = geometry.byte_range(part);
+            let cold = self.warm_up(offset, len);
+            for index in first..part.end() {
+                let block = &mut buffer[..geometry.block_len(index)];
+                self.read_block(block, index * BLOCK_SIZE, missing)?;
+                each(index, block)?;
+            }
+            self.cool_down(cold);
+            first = part.end();
         }
-        self.cool_down(cold);
         Ok(())
     }
 

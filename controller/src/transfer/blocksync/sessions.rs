@@ -330,8 +330,8 @@ fn start(request: &Request, disk: u32, link: u32, role: Role, params: SessionPar
         apply: options.apply,
         stage_dir: stage_dir.map_or_else(Vec::new, |path| path.as_os_str().as_bytes().to_vec()),
         full_scan: options.full_scan,
-        nice: false,
-        read_limit: 0,
+        nice: options.nice,
+        read_limit: options.read_limit.unwrap_or(0),
     }
 }
 

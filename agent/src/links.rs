@@ -243,7 +243,7 @@ impl Links {
             return false;
         }
         self.feed();
-        let mut allowed = self.pace.allowed();
+        let mut allowed = self.pace.open();
         let before = allowed;
         for (at, link) in self.up.iter_mut().enumerate() {
             if allowed == 0 {
@@ -264,12 +264,12 @@ impl Links {
 
     /// Whether the limit on bytes a second says that it is too early to write.
     fn is_early(&mut self, context: &mut Context<'_>) -> bool {
-        let opens = self.pace.opens();
-        if opens <= Instant::now() {
+        let ready = self.pace.ready();
+        if ready <= Instant::now() {
             return false;
         }
-        let nap = self.nap.get_or_insert_with(|| Box::pin(sleep_until(opens)));
-        nap.as_mut().reset(opens);
+        let nap = self.nap.get_or_insert_with(|| Box::pin(sleep_until(ready)));
+        nap.as_mut().reset(ready);
         nap.as_mut().poll(context).is_pending()
     }
 
@@ -307,7 +307,7 @@ impl Links {
         if matches!(frame.kind, FrameKind::Place | FrameKind::Beat) {
             self.own_wire += frame.wire_len() as u64;
         }
-        order.take(u16::try_from(at).unwrap_or(u16::MAX), frame)?;
+        order.take(u16::try_from(at).unwrap_or(u16::MAX), &frame)?;
         self.arrived
             .extend(std::iter::from_fn(|| order.next_frame()));
         Ok(())

@@ -17,6 +17,7 @@ mod links;
 mod pace;
 mod play;
 mod pool;
+mod priority;
 mod serve;
 mod session;
 mod slot;

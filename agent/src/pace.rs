@@ -1,4 +1,5 @@
-//! A limit on bytes a second: a token bucket, kept as the instant at which it would be full.
+//! A limit on bytes a second: a token bucket, kept as the instant at which it would be full. Who
+//! writes frames waits here, and who reads disks in `disk/throttle.rs`.
 
 use std::time::Duration;
 
@@ -8,16 +9,20 @@ use tokio::time::Instant;
 /// more than its share, long enough that timers do not cost throughput.
 const DEPTH: Duration = Duration::from_millis(50);
 
-/// Paces a writer.
+/// Paces who writes, or reads.
 #[derive(Debug)]
 pub(crate) struct Pace {
     /// Bytes a second; zero for no limit.
     rate: u64,
-    /// When everything written so far is paid for.
+    /// When everything so far is paid for.
     paid: Instant,
 }
 
 impl Pace {
+    pub(crate) fn unlimited() -> Self {
+        Self::new(0)
+    }
+
     pub(crate) fn new(rate: u64) -> Self {
         Self {
             rate,
@@ -25,13 +30,18 @@ impl Pace {
         }
     }
 
-    /// When at least half of the bucket is there: before that nothing should be written.
-    pub(crate) fn opens(&self) -> Instant {
+    /// Bytes a second; zero for no limit.
+    pub(crate) fn rate(&self) -> u64 {
+        self.rate
+    }
+
+    /// When at least half of the bucket is there: before that nothing should go.
+    pub(crate) fn ready(&self) -> Instant {
         self.paid.checked_sub(DEPTH / 2).unwrap_or(self.paid)
     }
 
-    /// How many bytes may be written then.
-    pub(crate) fn allowed(&self) -> usize {
+    /// How many bytes may go now; a little at least.
+    pub(crate) fn open(&self) -> usize {
         if self.rate == 0 {
             return usize::MAX;
         }
@@ -48,7 +58,7 @@ impl Pace {
         bytes.max(1)
     }
 
-    /// So many bytes were written.
+    /// So many bytes went.
     pub(crate) fn took(&mut self, bytes: usize) {
         if self.rate > 0 {
             let cost = Duration::from_secs_f64(bytes as f64 / self.rate as f64);
@@ -67,8 +77,8 @@ mod tests {
         let mut pace = Pace::new(rate);
         let mut left = total;
         while left > 0 {
-            tokio::time::sleep_until(pace.opens()).await;
-            let part = pace.allowed().min(left);
+            tokio::time::sleep_until(pace.ready()).await;
+            let part = pace.open().min(left);
             pace.took(part);
             left -= part;
         }
@@ -87,8 +97,8 @@ mod tests {
     async fn an_idle_time_is_not_saved_up() {
         let mut pace = Pace::new(1000);
         tokio::time::sleep(Duration::from_secs(60)).await;
-        assert!(pace.allowed() <= 50);
+        assert!(pace.open() <= 50);
         pace.took(50);
-        assert!(pace.opens() >= Instant::now() + Duration::from_millis(20));
+        assert!(pace.ready() >= Instant::now() + Duration::from_millis(20));
     }
 }

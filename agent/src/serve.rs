@@ -35,6 +35,7 @@ use crate::link::{self, Listener};
 use crate::links::{Linking, Links};
 use crate::play::Stage;
 use crate::pool::Pool;
+use crate::priority;
 use crate::slot::Slot;
 
 /// More than any VM has.
@@ -333,6 +334,13 @@ impl Server {
             pool: self.pool.clone(),
             noting: Arc::clone(&self.noting),
         };
+        disk::limit_reads(start.read_limit);
+        if start.nice
+            && let Err(error) = priority::be_nice()
+        {
+            let warning = format!("the agent could not step back behind others: {error}");
+            self.answers.warn(number, vec![warning]);
+        }
         let session = tokio::spawn(async move {
             let mut slot = shelf.lock_owned().await;
             let mut run = run.lock_owned().await;

@@ -239,6 +239,8 @@ fn a_session_needs_an_open_disk_and_a_link() {
         apply: ApplyChoice::Inplace,
         stage_dir: Vec::new(),
         full_scan: false,
+        nice: false,
+        read_limit: 0,
     };
     agent.send(&start);
     assert_eq!(agent.failure().0, FailureCode::Protocol);

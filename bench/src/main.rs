@@ -19,6 +19,7 @@ mod limits;
 mod machine;
 mod measure;
 mod process;
+mod quiet;
 mod relay;
 mod report;
 mod size;
@@ -77,9 +78,12 @@ struct Args {
     limit: Option<Limit>,
 }
 
-/// Limits that run as a process of their own, so that they are measured like any tool.
+/// A measurement of its own, and limits that run as a process, so that they are measured like any
+/// tool.
 #[derive(Debug, Subcommand)]
 enum Limit {
+    /// Measures what a guest loses beside a scan (needs root and fio)
+    Quiet(quiet::Quiet),
     /// Reads and digests the data of all files at once, a thread each
     #[command(hide = true)]
     Scan {
@@ -106,6 +110,9 @@ fn main() -> ExitCode {
 }
 
 fn carry_out(args: &Args) -> Result<ExitCode> {
+    if let Some(Limit::Quiet(quiet)) = &args.limit {
+        return quiet.run().map(|()| ExitCode::SUCCESS);
+    }
     if let Some(Limit::Scan { files }) = &args.limit {
         limits::scan(files)?;
         return Ok(ExitCode::SUCCESS);

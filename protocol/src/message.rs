@@ -381,6 +381,11 @@ pub struct Start {
     pub stage_dir: Vec<u8>,
     /// The disk is read even where kept digests say what it holds.
     pub full_scan: bool,
+    /// From now on this agent leaves processor and disks to others first, for all of its disks.
+    pub nice: bool,
+    /// Bytes a second that this agent may read from all of its disks together; zero for no limit.
+    /// Of several sessions the lowest counts.
+    pub read_limit: u64,
 }
 
 /// Agent to controller: the session runs.

@@ -276,8 +276,10 @@ fn start() -> Pin {
             apply: ApplyChoice::Staged,
             stage_dir: b"/s".to_vec(),
             full_scan: true,
+            nice: true,
+            read_limit: 2_000_000,
         },
-        "34000000 09 00 3400  # 52 bytes, Start
+        "38000000 09 00 3800  # 56 bytes, Start
          03      # disk
          02      # link
          01      # links
@@ -292,7 +294,9 @@ fn start() -> Pin {
          c0843d  # rate_limit: 1000000
          02      # apply: Staged
          02 2f73 # stage_dir: 2 bytes
-         01      # full_scan: yes"
+         01      # full_scan: yes
+         01      # nice: yes
+         80897a  # read_limit: 2000000"
     )
 }
 
@@ -757,6 +761,8 @@ fn the_choices_have_their_numbers() {
         apply: ApplyChoice::Auto,
         stage_dir: Vec::new(),
         full_scan: false,
+        nice: false,
+        read_limit: 0,
     };
     let (sender, xxh3) = (Role::Sender, HashKind::Xxh3);
     let roles = [Role::Sender, Role::Receiver];
@@ -802,6 +808,8 @@ fn the_ways_to_apply_have_their_numbers() {
         apply,
         stage_dir: Vec::new(),
         full_scan: false,
+        nice: false,
+        read_limit: 0,
     };
     assert_eq!(choices.map(|c| byte_of(&start(c), 42)), [0, 1, 2, 3]);
     let started = |apply| Started {

@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The processes on hvB that brought a data connection there.
 fn connections(lab: &Lab) -> Vec<PathBuf> {
-    let is_attach = |process: &PathBuf| arguments(process).iter().any(|word| word == "attach");
+    let is_attach = |process: &PathBuf| arguments(process).iter().any(|word| word == b"attach");
     lab.b.agents().into_iter().filter(is_attach).collect()
 }
 

@@ -59,6 +59,8 @@ fn begin(ground: &Confined, caller: &mut Caller, disk: u32, path: &str) -> bool 
         apply: ApplyChoice::Auto,
         stage_dir: Vec::new(),
         full_scan: false,
+        nice: false,
+        read_limit: 0,
     };
     matches!(caller.ask(&start), Control::Started(_))
 }

@@ -102,7 +102,7 @@ mod tests {
 
     use kvm_clone_protocol::digest::{Digester, HashKind, Seed};
     use kvm_clone_protocol::message::{Access, Compression};
-    use kvm_clone_protocol::sync::DiskOp;
+    use kvm_clone_protocol::sync::{DiskOp, Expected};
     use kvm_clone_protocol::units::{BlockRun, Geometry};
 
     use super::*;
@@ -111,8 +111,12 @@ mod tests {
 
     const SIZE: u64 = 4 << 20;
 
-    /// Scans a file of which the first half is in the cache; returns what is there afterwards.
-    fn cached_after_a_scan(directory: &std::path::Path) -> Option<Vec<bool>> {
+    /// Scans a file of which the first half is in the cache, as one end of a session does; returns
+    /// what is there afterwards.
+    fn cached_after_a_scan(
+        directory: &std::path::Path,
+        op: impl Fn(BlockRun) -> DiskOp,
+    ) -> Option<Vec<bool>> {
         let path = directory.join("disk");
         let mut file = File::create_new(&path).unwrap();
         file.write_all(&[7; 4 << 20]).unwrap();
@@ -142,19 +146,31 @@ mod tests {
         assert_eq!(before.iter().filter(|page| **page & 1 == 1).count(), 256);
         for first in [0, 32] {
             let run = BlockRun { first, count: 32 };
-            disk.run(DiskOp::Digest { run }, &context, &mut Scratch::new())
-                .unwrap();
+            disk.run(op(run), &context, &mut Scratch::new()).unwrap();
         }
         let after = residency(&file, 0, SIZE).unwrap();
         Some(after.iter().map(|page| page & 1 == 1).collect())
     }
 
     #[test]
-    fn a_scan_leaves_the_page_cache_as_it_was() {
+    fn a_scan_of_a_destination_leaves_the_page_cache_as_it_was() {
+        is_left_as_it_was(|run| DiskOp::Digest { run });
+    }
+
+    #[test]
+    fn a_scan_of_a_source_leaves_the_page_cache_as_it_was() {
+        is_left_as_it_was(|run| DiskOp::Compare {
+            run,
+            expected: Expected::Zeros,
+            ship: true,
+        });
+    }
+
+    fn is_left_as_it_was(op: impl Fn(BlockRun) -> DiskOp) {
         // Beside the executable is a disk; the directory for temporary files may be memory.
         let here = std::env::current_exe().unwrap();
         let directory = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
-        let Some(cached) = cached_after_a_scan(directory.path()) else {
+        let Some(cached) = cached_after_a_scan(directory.path(), op) else {
             eprintln!(
                 "SKIPPED: {} keeps everything in its cache",
                 directory.path().display()

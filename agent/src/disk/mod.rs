@@ -37,6 +37,7 @@ mod state;
 mod storage;
 #[cfg(test)]
 mod stories;
+mod throttle;
 mod write;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -68,6 +69,7 @@ pub(crate) use read::Scratch;
 pub(crate) use recover::{forward, recover, settle};
 pub(crate) use run::Run;
 pub(crate) use stamp::Stamp;
+pub(crate) use throttle::limit_reads;
 
 /// What a session runs on.
 #[derive(Debug)]

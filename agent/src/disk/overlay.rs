@@ -18,6 +18,7 @@ use super::image::Image;
 use super::journal::{Entry, Journal, Sum};
 use super::map::Map;
 use super::read::Missing;
+use super::throttle::admit;
 use super::write::{keep_size, punch};
 use crate::failure::Failure;
 
@@ -99,6 +100,7 @@ impl Overlay {
             }
             Entry::Data(_) => {}
         }
+        admit(1);
         self.stage
             .read_block(block, index * BLOCK_SIZE, Missing::Zeros)?;
         if Entry::of(block) == entry {

@@ -9,6 +9,7 @@ use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use super::SessionContext;
 use super::image::Image;
 use super::kept::{Piece, pieces};
+use super::throttle::admit;
 use crate::failure::Failure;
 
 /// Memory of one worker, used again for every block so that it stays in the processor's cache.
@@ -71,7 +72,8 @@ impl Image {
         Ok(blocks)
     }
 
-    /// Reads the blocks of a run one after the other into `buffer`, which stays in the cache.
+    /// Reads the blocks of a run one after the other into `buffer`, which stays in the cache; as
+    /// many at once as the limit allows.
     pub(super) fn read_blocks(
         &self,
         run: BlockRun,
@@ -79,6 +81,25 @@ impl Image {
         buffer: &mut [u8; BLOCK_LEN],
         missing: Missing,
         mut each: impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let mut first = run.first;
+        while first < run.end() {
+            let count = admit(run.end() - first);
+            let part = BlockRun { first, count };
+            self.read_part(part, geometry, buffer, missing, &mut each)?;
+            first = part.end();
+        }
+        Ok(())
+    }
+
+    /// The same for blocks that may be read now.
+    fn read_part(
+        &self,
+        run: BlockRun,
+        geometry: Geometry,
+        buffer: &mut [u8; BLOCK_LEN],
+        missing: Missing,
+        each: &mut impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let mut cold = None;
         let mut is_cached = true;

@@ -15,6 +15,7 @@ use super::file::DiskFile;
 use super::image::Image;
 use super::journal::Entry;
 use super::overlay::Overlay;
+use super::throttle::admit;
 use crate::failure::Failure;
 
 /// What direct reads must be aligned to: the sector size of every disk that we know.
@@ -82,13 +83,14 @@ impl Disk {
                     };
                     for index in window.first..window.end() {
                         let entry = entries.get(usize::try_from(index - at).expect("a window"));
+                        if entry == Some(&Entry::Zero) {
+                            hasher.zeros(1);
+                            continue;
+                        }
+                        admit(1);
                         let block = match (entry, &stage) {
                             (Some(Entry::Data(_)), Some((_, stage))) => {
                                 stage.read(index, geometry, &mut buffer)?
-                            }
-                            (Some(Entry::Zero), _) => {
-                                hasher.zeros(1);
-                                continue;
                             }
                             _ => image.read(index, geometry, &mut buffer)?,
                         };

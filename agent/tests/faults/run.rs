@@ -147,6 +147,8 @@ impl Source {
             apply: wish.apply,
             stage_dir: Vec::new(),
             full_scan: false,
+            nice: false,
+            read_limit: 0,
         };
         to.send(&start(Role::Receiver));
         self.agent.send(&start(Role::Sender));

@@ -45,7 +45,9 @@ pub(super) struct Compare {
 pub(super) async fn run(app: &App, command: Command) -> Result<()> {
     let request = match command {
         Command::Sync(sync) => {
-            let mut options = sync.transfer.resolve(&app.config, MethodChoice::Blocksync);
+            let mut options = sync
+                .transfer
+                .resolve(&app.config, MethodChoice::Blocksync)?;
             options.live = live(sync.live.unwrap_or_default())?;
             sync.disks
                 .request(Operation::Sync, options, sync.transfer.dry_run)?

@@ -302,6 +302,12 @@ pub struct CompareArgs {
     /// How blocks are compared [default: xxh3; blake3 also withstands an adversary]
     #[arg(long, value_name = "xxh3|blake3")]
     pub hash: Option<HashChoice>,
+    /// On both hosts, leave the processor and the disks to others first
+    #[arg(long)]
+    pub nice: bool,
+    /// Read at most so many bytes a second on each host, such as 100M
+    #[arg(long, value_name = "RATE")]
+    pub read_limit: Option<Rate>,
     /// Give up after so long, such as 15m; the same command takes the run up again
     #[arg(long, value_name = "DURATION")]
     pub timeout: Option<TimeLimit>,
@@ -309,9 +315,12 @@ pub struct CompareArgs {
 
 impl TransferArgs {
     /// The command line, over the configuration, over the defaults; `method` is the command's.
-    pub fn resolve(&self, config: &Config, method: MethodChoice) -> Options {
+    ///
+    /// # Errors
+    /// Usage, for what the method cannot do.
+    pub fn resolve(&self, config: &Config, method: MethodChoice) -> Result<Options> {
         let default = Options::default();
-        Options {
+        let options = Options {
             method: self.method.or(config.method).unwrap_or(method),
             bandwidth_limit: self
                 .bandwidth_limit
@@ -330,7 +339,9 @@ impl TransferArgs {
             full_scan: self.full_scan,
             verify: self.verify.unwrap_or(default.verify),
             ..self.compare.resolve(config)
-        }
+        };
+        options.check(options.method)?;
+        Ok(options)
     }
 }
 
@@ -344,6 +355,8 @@ impl CompareArgs {
                 .hash
                 .or(config.hash)
                 .map_or(default.hash, |choice| choice.0),
+            nice: self.nice,
+            read_limit: self.read_limit.map(|rate| rate.0),
             timeout: self.timeout.or(config.timeout).map(|limit| limit.0),
             ..default
         }
@@ -424,7 +437,7 @@ mod tests {
             },
             ..TransferArgs::default()
         };
-        let options = args.resolve(&config, MethodChoice::Rsync);
+        let options = args.resolve(&config, MethodChoice::Rsync).unwrap();
         assert_eq!(options.method, MethodChoice::Rsync);
         assert_eq!(options.route, RouteChoice::Relay);
         assert_eq!(options.hash, HashKind::Blake3);

@@ -162,7 +162,7 @@ pub(super) async fn clone(app: &App, args: Clone) -> Result<()> {
         keep_partial: args.keep_partial,
         live: moving.live.unwrap_or_default(),
         parallel: moving.disks.parallel.unwrap_or(PARALLEL),
-        options: moving.transfer.resolve(&app.config, MethodChoice::Rsync),
+        options: moving.transfer.resolve(&app.config, MethodChoice::Rsync)?,
     };
     let recording = recording(
         app,
@@ -190,7 +190,7 @@ pub(super) async fn sync(app: &App, args: Sync) -> Result<()> {
         exclude_disks: moving.disks.exclude,
         live: moving.live.unwrap_or_default(),
         parallel: moving.disks.parallel.unwrap_or(PARALLEL),
-        options: moving.transfer.resolve(&app.config, MethodChoice::Rsync),
+        options: moving.transfer.resolve(&app.config, MethodChoice::Rsync)?,
     };
     let recording = recording(
         app,

@@ -38,6 +38,7 @@ pub(super) async fn choose(context: &Context, request: &Request) -> Result<Chose
         }
         other => (other, None),
     };
+    request.options.check(method)?;
     let method: Box<dyn Method> = match method {
         MethodChoice::Rsync => Box::new(Rsync),
         MethodChoice::Libvirt => Box::new(Scp),

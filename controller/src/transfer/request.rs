@@ -10,6 +10,7 @@ use kvm_clone_protocol::message::{ApplyChoice, Compression};
 use serde::Serialize;
 
 use crate::endpoint::DiskSpec;
+use crate::error::{Error, Result};
 
 /// What is done with the two disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,8 +164,36 @@ pub struct Options {
     pub verify: Verification,
     /// Bytes a second; `None` for no limit.
     pub bandwidth_limit: Option<u64>,
+    /// On both hosts others come first.
+    pub nice: bool,
+    /// Bytes a second that each host reads at most; `None` for no limit.
+    pub read_limit: Option<u64>,
     /// For the whole run.
     pub timeout: Option<Duration>,
+}
+
+impl Options {
+    /// Refuses what spares a host's guests and is beyond a method: nothing of that is left out in
+    /// silence.
+    ///
+    /// # Errors
+    /// Usage, which names the methods that can.
+    pub fn check(&self, method: MethodChoice) -> Result<()> {
+        let by_programs = matches!(method, MethodChoice::Rsync | MethodChoice::Libvirt);
+        let (what, can) = match method {
+            _ if by_programs && self.read_limit.is_some() => {
+                ("keep --read-limit", "--method blocksync can")
+            }
+            // sftp at the other end is sshd's.
+            MethodChoice::Libvirt if self.nice => (
+                "be --nice on both hosts",
+                "--method blocksync and --method rsync can",
+            ),
+            _ => return Ok(()),
+        };
+        let message = format!("the method {} cannot {what}", method.name());
+        Err(Error::usage(message).hint(can))
+    }
 }
 
 impl Default for Options {
@@ -181,7 +210,36 @@ impl Default for Options {
             full_scan: false,
             verify: Verification::Streamed,
             bandwidth_limit: None,
+            nice: false,
+            read_limit: None,
             timeout: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_method_that_cannot_spare_the_guests_is_refused() {
+        use MethodChoice::{Auto, Blocksync, Libvirt, Rsync};
+        let check = |nice, read_limit, method| {
+            let options = Options {
+                nice,
+                read_limit,
+                ..Options::default()
+            };
+            options.check(method).map_err(|error| error.exit_code())
+        };
+        for method in [Auto, Blocksync] {
+            assert_eq!(check(true, Some(1), method), Ok(()));
+        }
+        assert_eq!(check(true, None, Rsync), Ok(()));
+        assert_eq!(check(true, None, Libvirt), Err(2));
+        for method in [Rsync, Libvirt] {
+            assert_eq!(check(false, Some(1), method), Err(2));
+            assert_eq!(check(false, None, method), Ok(()));
         }
     }
 }

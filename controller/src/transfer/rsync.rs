@@ -27,6 +27,9 @@ const ALWAYS: [&str; 8] = [
     "-s",
 ];
 
+/// Ahead of the words of rsync, on either host, with `--nice`.
+const NICE: [&str; 6] = ["nice", "-n", "19", "ionice", "-c", "3"];
+
 /// rsync, at work on the source host.
 #[derive(Debug, Default)]
 pub(super) struct Rsync;
@@ -63,6 +66,9 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
     let ground = copy::survey(context, request, NAME, Holes::Kept, result).await?;
     for host in [&ground.from, &ground.to] {
         host.require("rsync").await?;
+        if request.options.nice {
+            host.require("ionice").await?;
+        }
     }
     result.route = Some(ground.route());
     let (runner, words, known_hosts) = command(&ground, request).await?;
@@ -82,10 +88,12 @@ async fn transfer(context: &Context, request: &Request, result: &mut TransferRes
 
 /// The host that rsync runs on, its words, and the host keys that it needs there.
 async fn command(ground: &Ground, request: &Request) -> Result<(Host, Vec<String>, Vec<u8>)> {
-    let mut words: Vec<String> = std::iter::once("rsync")
-        .chain(ALWAYS)
-        .map(str::to_owned)
-        .collect();
+    let nice = if request.options.nice { &NICE[..] } else { &[] };
+    let words = nice.iter().chain(&["rsync"]).chain(&ALWAYS);
+    let mut words: Vec<String> = words.map(|word| (*word).to_owned()).collect();
+    if request.options.nice {
+        words.push(format!("--rsync-path={} rsync", NICE.join(" ")));
+    }
     if let Some(limit) = request.options.bandwidth_limit {
         // rsync counts in KiB a second, and takes 0 for no limit.
         words.push(format!("--bwlimit={}", limit.div_ceil(1024).max(1)));

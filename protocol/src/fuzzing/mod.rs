@@ -53,7 +53,7 @@ fn put_in_order(frames: &[Frame]) {
     let mut order = Order::default();
     let mut came_in: Vec<&Frame> = Vec::new();
     for (frame, from) in frames.iter().zip((0..3).cycle()) {
-        if order.take(from, frame.clone()).is_err() {
+        if order.take(from, frame).is_err() {
             return;
         }
         came_in.push(frame);

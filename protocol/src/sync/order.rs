@@ -51,10 +51,10 @@ impl Order {
     /// # Errors
     /// [`SyncError`] when it has no number, one that another has or had, or one so far ahead that
     /// more would have to be held than an honest peer has on its way.
-    pub fn take(&mut self, from: u16, frame: Frame) -> Result<(), SyncError> {
+    pub fn take(&mut self, from: u16, frame: &Frame) -> Result<(), SyncError> {
         match frame.kind {
             FrameKind::Beat => Ok(()),
-            FrameKind::Place => self.announce(from, &frame),
+            FrameKind::Place => self.announce(from, frame),
             kind => match self.announced.remove(&from) {
                 Some(number) => self.hold(number, frame),
                 None => Err(Misbehaviour::NoPlace(kind).into()),
@@ -86,9 +86,9 @@ impl Order {
         }
     }
 
-    fn hold(&mut self, number: u64, frame: Frame) -> Result<(), SyncError> {
+    fn hold(&mut self, number: u64, frame: &Frame) -> Result<(), SyncError> {
         let kind = frame.kind;
-        self.held += cost(&frame);
+        self.held += cost(frame);
         if self.held > MAX_EARLY {
             return Err(Misbehaviour::TooEarly(kind).into());
         }
@@ -124,7 +124,7 @@ mod tests {
     }
 
     fn refused(order: &mut Order, from: u16, frame: Frame) -> Misbehaviour {
-        match order.take(from, frame) {
+        match order.take(from, &frame) {
             Err(SyncError::PeerMisbehaved(what)) => what,
             other => panic!("{other:?}"),
         }
@@ -147,7 +147,7 @@ mod tests {
             let rest = (0..4).cycle().take(4 * 2 * ways.len());
             for way in turns.into_iter().chain(rest) {
                 if let Some(frame) = pipes[usize::from(way)].pop_front() {
-                    order.take(way, frame).unwrap();
+                    order.take(way, &frame).unwrap();
                 }
                 came.extend(std::iter::from_fn(|| order.next_frame()));
             }
@@ -160,12 +160,12 @@ mod tests {
     #[test]
     fn every_frame_but_a_beat_has_a_number_of_its_own() {
         let mut order = Order::default();
-        order.take(0, Beat {}.frame().unwrap()).unwrap();
+        order.take(0, &Beat {}.frame().unwrap()).unwrap();
         assert_eq!(
             refused(&mut order, 0, frame(1)),
             Misbehaviour::NoPlace(FrameKind::Credit)
         );
-        order.take(0, place(0)).unwrap();
+        order.take(0, &place(0)).unwrap();
         assert_eq!(
             refused(&mut order, 0, place(1)),
             Misbehaviour::NoPlace(FrameKind::Place)
@@ -173,13 +173,13 @@ mod tests {
 
         let mut order = Order::default();
         for (from, number) in [(0, 0), (1, 2)] {
-            order.take(from, place(number)).unwrap();
-            order.take(from, frame(number)).unwrap();
+            order.take(from, &place(number)).unwrap();
+            order.take(from, &frame(number)).unwrap();
         }
         assert_eq!(order.next_frame(), Some(frame(0)));
         assert_eq!(order.next_frame(), None);
         for number in [0, 2] {
-            order.take(3, place(number)).unwrap();
+            order.take(3, &place(number)).unwrap();
             assert_eq!(
                 refused(&mut order, 3, frame(number)),
                 Misbehaviour::SamePlace {
@@ -194,8 +194,8 @@ mod tests {
     fn no_more_is_held_than_an_honest_peer_has_on_its_way() {
         let mut order = Order::default();
         let mut take = |number| {
-            order.take(0, place(number)).unwrap();
-            order.take(0, frame(number))
+            order.take(0, &place(number)).unwrap();
+            order.take(0, &frame(number))
         };
         let most = MAX_EARLY / CHANGE_COST;
         for number in 1..=most {

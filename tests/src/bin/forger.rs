@@ -332,6 +332,8 @@ fn forged_control(neighbour: &str, params: &SessionParams) -> Vec<Frame> {
             apply: ApplyChoice::Inplace,
             stage_dir: Vec::new(),
             full_scan: false,
+            nice: false,
+            read_limit: 0,
         }),
         frame(&Prepare {
             disk: 0,

@@ -381,6 +381,8 @@ fn start(
         apply: options.apply,
         stage_dir: stage_dir.map_or_else(Vec::new, |path| path.as_os_str().as_bytes().to_vec()),
         full_scan: options.full_scan,
+        nice: options.nice,
+        read_limit: options.read_limit.unwrap_or(0),
     }
 }
 

@@ -61,6 +61,8 @@ pub(crate) struct Links {
     numbered: Option<(Numbers, Order)>,
     arrived: VecDeque<Frame>,
     pace: Pace,
+    /// Which link is the next to be written to.
+    turn: usize,
     nap: Option<Pin<Box<Sleep>>>,
     lost: Option<Lost>,
     /// Bytes of what belongs to the links and not to the session.
@@ -100,6 +102,7 @@ impl Links {
             numbered,
             arrived: VecDeque::new(),
             pace: Pace::new(rate),
+            turn: 0,
             nap: None,
             lost: None,
             own_wire: 0,
@@ -245,11 +248,14 @@ impl Links {
         self.feed();
         let mut allowed = self.pace.open();
         let before = allowed;
-        for (at, link) in self.up.iter_mut().enumerate() {
+        // By turns: under a limit the first of them could take all of it, time and again.
+        self.turn = (self.turn + 1) % self.up.len().max(1);
+        for at in 0..self.up.len() {
             if allowed == 0 {
                 break;
             }
-            match link.writer.poll_write(context, allowed) {
+            let at = (self.turn + at) % self.up.len();
+            match self.up[at].writer.poll_write(context, allowed) {
                 Poll::Ready(Ok(written)) => allowed -= written,
                 Poll::Ready(Err(error)) => {
                     let why = format!("writing to the peer: {error}");

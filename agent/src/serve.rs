@@ -31,7 +31,7 @@ use crate::channel::{BEAT, FrameReader, FrameWriter, SILENCE};
 use crate::commands::Commands;
 use crate::disk::{self, Run};
 use crate::failure::{Failure, short};
-use crate::link::{self, Listener};
+use crate::link::{self, Link, Listener};
 use crate::links::{Linking, Links};
 use crate::play::Stage;
 use crate::pool::Pool;
@@ -204,6 +204,30 @@ struct Server {
 /// Held while a request is being answered.
 type Request = OwnedSemaphorePermit;
 
+/// Owes the answer to a request to dial. A session that is over needs no further links, and has
+/// them given up; that is answered as well.
+struct Dialing(Option<Answers>);
+
+impl Dialing {
+    fn answer(mut self, link: u32, dialed: &Result<Link, Failure>) {
+        if let Some(answers) = self.0.take() {
+            match dialed {
+                Ok(_) => answers.say(&Dialed { link }),
+                Err(failure) => answers.fail(None, failure.clone()),
+            }
+        }
+    }
+}
+
+impl Drop for Dialing {
+    fn drop(&mut self) {
+        if let Some(answers) = self.0.take() {
+            let message = "a data connection that nobody waits for any more";
+            answers.fail(None, Failure::new(FailureCode::Cancelled, message));
+        }
+    }
+}
+
 /// The place of a disk: empty until it is open. Its lock puts requests for the disk in order.
 type Shelf = Arc<Mutex<Option<Slot>>>;
 
@@ -299,15 +323,13 @@ impl Server {
 
     fn dial(&mut self, dial: Dial, request: Request) -> Result<(), Failure> {
         self.commands.permit(&dial.command)?;
-        let (number, answers) = (dial.link, self.answers.clone());
+        let number = dial.link;
         let version = link_version(dial.version)?;
         self.check_links(number)?;
+        let dialing = Dialing(Some(self.answers.clone()));
         let task = tokio::spawn(async move {
             let link = link::dial(&dial, version).await;
-            match &link {
-                Ok(_) => answers.say(&Dialed { link: dial.link }),
-                Err(failure) => answers.fail(None, failure.clone()),
-            }
+            dialing.answer(number, &link);
             drop(request);
             link
         });

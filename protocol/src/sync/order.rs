@@ -123,8 +123,8 @@ mod tests {
         small(&Place { number })
     }
 
-    fn refused(order: &mut Order, from: u16, frame: Frame) -> Misbehaviour {
-        match order.take(from, &frame) {
+    fn refused(order: &mut Order, from: u16, frame: &Frame) -> Misbehaviour {
+        match order.take(from, frame) {
             Err(SyncError::PeerMisbehaved(what)) => what,
             other => panic!("{other:?}"),
         }
@@ -162,12 +162,12 @@ mod tests {
         let mut order = Order::default();
         order.take(0, &Beat {}.frame().unwrap()).unwrap();
         assert_eq!(
-            refused(&mut order, 0, frame(1)),
+            refused(&mut order, 0, &frame(1)),
             Misbehaviour::NoPlace(FrameKind::Credit)
         );
         order.take(0, &place(0)).unwrap();
         assert_eq!(
-            refused(&mut order, 0, place(1)),
+            refused(&mut order, 0, &place(1)),
             Misbehaviour::NoPlace(FrameKind::Place)
         );
 
@@ -181,7 +181,7 @@ mod tests {
         for number in [0, 2] {
             order.take(3, &place(number)).unwrap();
             assert_eq!(
-                refused(&mut order, 3, frame(number)),
+                refused(&mut order, 3, &frame(number)),
                 Misbehaviour::SamePlace {
                     kind: FrameKind::Credit,
                     number

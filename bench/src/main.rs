@@ -1,5 +1,5 @@
-//! Measures blocksync against rsync, scp, blocksync-fast, bdsync and the limits of the machine, in
-//! one run, over a real ssh of its own, and prints a table in Markdown.
+//! Measures blocksync against rsync, scp, blocksync-fast, bdsync, diskrsync and the limits of the
+//! machine, in one run, over a real ssh of its own, and prints a table in Markdown.
 //!
 //! ```text
 //!   bench ─┬─ sshd (own keys, free port on loopback) ◄── counting relay ◄── ssh of every tool
@@ -50,7 +50,7 @@ struct Args {
     #[arg(long, default_value_t = 0.5, value_parser = share)]
     data_share: f64,
     /// Runs of each measurement; the table shows medians
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// Drop the page cache before each run, instead of filling it (needs root)
     #[arg(long)]

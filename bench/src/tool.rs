@@ -24,6 +24,7 @@ pub(crate) enum Tool {
     Scp,
     BlocksyncFast,
     Bdsync,
+    Diskrsync,
     /// Both disks' data read and digested, nothing else.
     #[value(skip)]
     ScanLimit,
@@ -44,6 +45,7 @@ impl fmt::Display for Tool {
             Self::Scp => "scp",
             Self::BlocksyncFast => "blocksync-fast",
             Self::Bdsync => "bdsync",
+            Self::Diskrsync => "diskrsync",
             Self::ScanLimit => "*scan limit*",
             Self::WireLimit => "*wire limit*",
             Self::WireLimitAes => "*wire limit, aes128-gcm*",
@@ -59,6 +61,7 @@ impl Tool {
             Self::Scp => Some("scp"),
             Self::BlocksyncFast => Some("blocksync-fast"),
             Self::Bdsync => Some("bdsync"),
+            Self::Diskrsync => Some("diskrsync"),
             Self::Blocksync
             | Self::BlocksyncKept
             | Self::ScanLimit
@@ -92,6 +95,7 @@ impl Tool {
             Self::Scp => |name| name == "scp" || name == "sftp-server",
             Self::BlocksyncFast => |name| name == "blocksync-fast",
             Self::Bdsync => |name| name == "bdsync",
+            Self::Diskrsync => |name| name == "diskrsync",
             Self::ScanLimit => |name| name == "kvm-clone-bench",
             Self::WireLimit | Self::WireLimitAes => |_| false,
         }
@@ -110,6 +114,7 @@ impl Tool {
             Self::Scp => Ok(scp(paths)),
             Self::BlocksyncFast => pipeline(BLOCKSYNC_FAST, paths),
             Self::Bdsync => pipeline(BDSYNC, paths),
+            Self::Diskrsync => diskrsync(paths),
             Self::ScanLimit => scan(paths),
             Self::WireLimit => wire(paths, &[]),
             Self::WireLimitAes => wire(paths, &["-c", "aes128-gcm@openssh.com"]),
@@ -147,6 +152,17 @@ fn scp(paths: &Paths) -> Command {
     command.arg("-q").arg("-F").arg(&paths.ssh_config);
     command.arg(&paths.source).arg(remote(&paths.destination));
     command
+}
+
+/// With a raw image as its result: by default it writes a format of its own. It splits the flags
+/// for ssh at each space, and takes no quotes.
+fn diskrsync(paths: &Paths) -> Result<Command> {
+    let mut command = Command::new("diskrsync");
+    command
+        .arg("--no-compress")
+        .arg(format!("--ssh-flags=-F {}", paths.config()?));
+    command.arg(&paths.source).arg(remote(&paths.destination));
+    Ok(command)
 }
 
 /// Digests are made on the far side in every run, fetched, and compared here: both disks are

@@ -95,11 +95,14 @@ impl Layout {
     /// The indices of the blocks that are data, spread in runs over the whole image.
     fn data_blocks(self) -> impl Iterator<Item = u64> {
         // Data where the share, summed up extent by extent, reaches the next whole number.
-        let is_data = move |index: u64| {
-            let extent = (index / EXTENT_BLOCKS) as f64;
+        let is_data = move |extent: &u64| {
+            let extent = *extent as f64;
             ((extent + 1.0) * self.data_share).floor() > (extent * self.data_share).floor()
         };
-        (0..self.blocks).filter(move |&index| is_data(index))
+        let extents = (0..self.blocks.div_ceil(EXTENT_BLOCKS)).filter(is_data);
+        let blocks =
+            extents.flat_map(|extent| extent * EXTENT_BLOCKS..(extent + 1) * EXTENT_BLOCKS);
+        blocks.take_while(move |&block| block < self.blocks)
     }
 }
 

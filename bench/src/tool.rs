@@ -34,6 +34,9 @@ pub(crate) enum Tool {
     /// The same with aes128-gcm.
     #[value(skip)]
     WireLimitAes,
+    /// Logging in and nothing else.
+    #[value(skip)]
+    Login,
 }
 
 impl fmt::Display for Tool {
@@ -49,6 +52,7 @@ impl fmt::Display for Tool {
             Self::ScanLimit => "*scan limit*",
             Self::WireLimit => "*wire limit*",
             Self::WireLimitAes => "*wire limit, aes128-gcm*",
+            Self::Login => "*ssh HOST true*",
         })
     }
 }
@@ -66,7 +70,8 @@ impl Tool {
             | Self::BlocksyncKept
             | Self::ScanLimit
             | Self::WireLimit
-            | Self::WireLimitAes => None,
+            | Self::WireLimitAes
+            | Self::Login => None,
         }
     }
 
@@ -85,6 +90,16 @@ impl Tool {
         matches!(self, Self::WireLimit | Self::WireLimitAes)
     }
 
+    /// Whether it leaves something on the destination's disk.
+    pub(crate) fn has_result(self) -> bool {
+        !matches!(self, Self::ScanLimit | Self::Login)
+    }
+
+    /// Its name without the marks and commas that a table or a list may have.
+    pub(crate) fn plain_name(self) -> String {
+        self.to_string().replace(['*', ','], "")
+    }
+
     /// Whether a process of this name does the tool's own work, ssh and shells apart.
     pub(crate) fn is_worker(self) -> fn(&str) -> bool {
         match self {
@@ -97,7 +112,7 @@ impl Tool {
             Self::Bdsync => |name| name == "bdsync",
             Self::Diskrsync => |name| name == "diskrsync",
             Self::ScanLimit => |name| name == "kvm-clone-bench",
-            Self::WireLimit | Self::WireLimitAes => |_| false,
+            Self::WireLimit | Self::WireLimitAes | Self::Login => |_| false,
         }
     }
 
@@ -118,6 +133,7 @@ impl Tool {
             Self::ScanLimit => scan(paths),
             Self::WireLimit => wire(paths, &[]),
             Self::WireLimitAes => wire(paths, &["-c", "aes128-gcm@openssh.com"]),
+            Self::Login => Ok(login(paths)),
         }
     }
 }
@@ -207,15 +223,23 @@ fn scan(paths: &Paths) -> Result<Command> {
 
 fn wire(paths: &Paths, cipher: &[&str]) -> Result<Command> {
     let payload = std::fs::File::open(&paths.payload)?;
-    let mut command = Command::new("ssh");
-    command
-        .arg("-F")
-        .arg(&paths.ssh_config)
-        .args(cipher)
-        .arg(HOST);
+    let mut command = ssh(paths);
+    command.args(cipher).arg(HOST);
     command.arg(format!("cat > {}", paths.destination.display()));
     command.stdin(Stdio::from(payload));
     Ok(command)
+}
+
+fn login(paths: &Paths) -> Command {
+    let mut command = ssh(paths);
+    command.args([HOST, "true"]);
+    command
+}
+
+fn ssh(paths: &Paths) -> Command {
+    let mut command = Command::new("ssh");
+    command.arg("-F").arg(&paths.ssh_config);
+    command
 }
 
 /// The tools to measure, and those of the usual ones that this machine has not.

@@ -72,6 +72,10 @@ impl Key for Entry {
     fn fields(&self) -> String {
         format!("{},{}", self.case, self.tool.plain_name())
     }
+
+    fn kind(&self) -> String {
+        self.to_string()
+    }
 }
 
 /// Measures everything, case by case.

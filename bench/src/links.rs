@@ -119,6 +119,10 @@ impl Key for Entry {
     fn fields(&self) -> String {
         format!("{},{},{}", self.link, self.case, self.tool.plain_name())
     }
+
+    fn kind(&self) -> String {
+        format!("{}, {}", self.case, self.tool)
+    }
 }
 
 /// Measures what was asked for.

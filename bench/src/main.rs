@@ -14,6 +14,7 @@
 mod case;
 mod compare;
 mod delay;
+mod growth;
 mod image;
 mod janitor;
 mod lab;
@@ -23,6 +24,7 @@ mod links;
 mod machine;
 mod measure;
 mod namespace;
+mod plot;
 mod process;
 mod rate;
 mod relay;
@@ -32,6 +34,7 @@ mod setup;
 mod size;
 mod sshd;
 mod tool;
+mod volume;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -71,6 +74,13 @@ enum Command {
         #[command(flatten)]
         options: links::Options,
     },
+    /// Measures how blocksync's time, memory and traffic grow with the disk
+    Growth {
+        #[command(flatten)]
+        setup: Setup,
+        #[command(flatten)]
+        options: growth::Options,
+    },
     /// A limit, as a process of its own, so that it is measured like any tool: reads and digests
     /// the data of all files at once, a thread each
     #[command(hide = true)]
@@ -96,6 +106,7 @@ fn carry_out(args: &Args) -> Result<bool> {
     match &args.command {
         Some(Command::Scan { files }) => limits::scan(files).map(|()| true),
         Some(Command::Links { setup, options }) => publish(setup, links::run(setup, options)?),
+        Some(Command::Growth { setup, options }) => publish(setup, growth::run(setup, options)?),
         None if args.smoke => smoke(args),
         None => publish(&args.setup, compare::run(&args.setup, &args.compare)?),
     }
@@ -105,7 +116,8 @@ fn smoke(args: &Args) -> Result<bool> {
     let setup = args.setup.for_smoke()?;
     let compared = publish(&setup, compare::run(&setup, &args.compare.for_smoke())?)?;
     let linked = publish(&setup, links::run(&setup, &links::Options::for_smoke())?)?;
-    Ok(compared && linked)
+    let grown = publish(&setup, growth::run(&setup, &growth::Options::for_smoke())?)?;
+    Ok(compared && linked && grown)
 }
 
 /// Prints a report, and keeps its single runs where that was asked for; whether all were valid.

@@ -56,6 +56,9 @@ pub(crate) trait Key: Clone + PartialEq + Display {
 
     /// Its fields, none with a comma in it.
     fn fields(&self) -> String;
+
+    /// What it has in common with those that blocksync does alike.
+    fn kind(&self) -> String;
 }
 
 /// All runs of one command of the bench.
@@ -107,25 +110,25 @@ impl<K: Key> Samples<K> {
     pub(crate) fn notes(&self) -> Vec<String> {
         let said = self.said();
         let alike = said.len() == 1;
-        let said = said.into_iter().map(|(what, keys)| match alike {
+        let said = said.into_iter().map(|(what, kinds)| match alike {
             true => format!("blocksync, always: {what}"),
-            false => format!("{what}: {}", keys.join("; ")),
+            false => format!("{what}: {}", kinds.join("; ")),
         });
         self.notes.iter().cloned().chain(said).collect()
     }
 
-    /// What blocksync says, and of which measurements.
+    /// What blocksync says, and of which kinds of measurements.
     fn said(&self) -> Vec<(String, Vec<String>)> {
         let mut said: Vec<(String, Vec<String>)> = Vec::new();
         for (key, _, outcome) in &self.runs {
-            let (Some(sync), key) = (&outcome.sync, key.to_string()) else {
+            let (Some(sync), kind) = (&outcome.sync, key.kind()) else {
                 continue;
             };
             let what = sync.to_string();
             match said.iter_mut().find(|(known, _)| *known == what) {
-                Some((_, keys)) if keys.contains(&key) => {}
-                Some((_, keys)) => keys.push(key),
-                None => said.push((what, vec![key])),
+                Some((_, kinds)) if kinds.contains(&kind) => {}
+                Some((_, kinds)) => kinds.push(kind),
+                None => said.push((what, vec![kind])),
             }
         }
         said
@@ -211,6 +214,10 @@ mod tests {
         const FIELDS: &'static str = "name";
 
         fn fields(&self) -> String {
+            (*self).to_owned()
+        }
+
+        fn kind(&self) -> String {
             (*self).to_owned()
         }
     }

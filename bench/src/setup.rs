@@ -1,6 +1,6 @@
 //! What every measurement needs to be told: how often, where, and of which controller.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
@@ -28,10 +28,17 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// One run of each, and the controller built once for all.
+    /// One run of each.
     pub(crate) fn for_smoke(&self) -> Result<Self> {
         Ok(Self {
             runs: 1,
+            ..self.with_controller()?
+        })
+    }
+
+    /// The controller is there, and not built again for each place.
+    pub(crate) fn with_controller(&self) -> Result<Self> {
+        Ok(Self {
             controller: Some(self.controller()?),
             ..self.clone()
         })
@@ -39,7 +46,12 @@ impl Setup {
 
     /// A place for images of this layout.
     pub(crate) fn lab(&self, layout: Layout, link: Link) -> Result<Lab> {
-        Lab::new(&self.dir, layout, self.controller()?, link)
+        self.lab_in(&self.dir, layout, link)
+    }
+
+    /// The same in another directory than the usual one.
+    pub(crate) fn lab_in(&self, dir: &Path, layout: Layout, link: Link) -> Result<Lab> {
+        Lab::new(dir, layout, self.controller()?, link)
     }
 
     fn controller(&self) -> Result<PathBuf> {

@@ -13,6 +13,7 @@
 
 mod case;
 mod compare;
+mod count;
 mod delay;
 mod growth;
 mod image;
@@ -36,12 +37,14 @@ mod sshd;
 mod tool;
 mod volume;
 
+use std::fmt::Display;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use kvm_clone_bench::operation::Operation;
 
 use crate::report::Report;
 use crate::setup::Setup;
@@ -81,6 +84,11 @@ enum Command {
         #[command(flatten)]
         options: growth::Options,
     },
+    /// Counts the instructions of the small benches, and compares them with those on record
+    Count(count::Options),
+    /// Does one of the small benches so many times
+    #[command(hide = true)]
+    Repeat { operation: Operation, times: u64 },
     /// A limit, as a process of its own, so that it is measured like any tool: reads and digests
     /// the data of all files at once, a thread each
     #[command(hide = true)]
@@ -107,6 +115,15 @@ fn carry_out(args: &Args) -> Result<bool> {
         Some(Command::Scan { files }) => limits::scan(files).map(|()| true),
         Some(Command::Links { setup, options }) => publish(setup, links::run(setup, options)?),
         Some(Command::Growth { setup, options }) => publish(setup, growth::run(setup, options)?),
+        Some(Command::Count(options)) => {
+            let (table, valid) = count::run(options)?;
+            print(&table)?;
+            Ok(valid)
+        }
+        Some(Command::Repeat { operation, times }) => {
+            count::repeat(*operation, *times);
+            Ok(true)
+        }
         None if args.smoke => smoke(args),
         None => publish(&args.setup, compare::run(&args.setup, &args.compare)?),
     }
@@ -122,11 +139,15 @@ fn smoke(args: &Args) -> Result<bool> {
 
 /// Prints a report, and keeps its single runs where that was asked for; whether all were valid.
 fn publish(setup: &Setup, report: Report) -> Result<bool> {
-    write!(std::io::stdout(), "{}", report.text).context("writing the tables")?;
+    print(&report.text)?;
     if let Some(path) = &setup.csv {
         std::fs::write(path, report.csv).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(report.valid)
+}
+
+fn print(tables: impl Display) -> Result<()> {
+    write!(std::io::stdout(), "{tables}").context("writing the tables")
 }
 
 /// Tells people what happens. The tables alone go to standard output.

@@ -74,7 +74,7 @@ impl Options {
             cases: Vec::new(),
             tools: Vec::new(),
             far_size: Size::MIB * 8,
-            round_trips: vec![0, 20],
+            round_trips: vec![20],
         }
     }
 

@@ -200,17 +200,20 @@ impl Key for Entry {
 
 /// Measures what was asked for.
 pub(crate) fn run(setup: &Setup, options: &Options) -> Result<Report> {
-    let setup = &setup.with_controller()?;
     let machine = machine::describe(&setup.dir);
-    let mut samples = Samples::new();
+    let mut growth = Growth {
+        setup: setup.with_controller()?,
+        samples: Samples::new(),
+    };
     for part in options.parts() {
         match part {
-            Part::Size => by_size(setup, &options.sizes, &mut samples)?,
-            Part::Data => by_data(setup, &options.data, &mut samples)?,
-            Part::Change => by_change(setup, &options.changes, &mut samples)?,
-            Part::Delay => by_delay(setup, &options.round_trips, &mut samples)?,
+            Part::Size => growth.by_size(&options.sizes)?,
+            Part::Data => growth.by_data(&options.data)?,
+            Part::Change => growth.by_change(&options.changes)?,
+            Part::Delay => growth.by_delay(&options.round_trips)?,
         }
     }
+    let samples = growth.samples;
     let tables = options.parts().iter();
     let tables: Vec<_> = tables
         .map(|part| table(*part, setup.runs, &samples))
@@ -221,83 +224,71 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> Result<Report> {
     Ok(Report::new(&machine, &tables, &samples))
 }
 
-fn by_size(setup: &Setup, sizes: &[Size], samples: &mut Samples<Entry>) -> Result<()> {
-    let volume = Volume::new(&setup.dir, VOLUME_SIZE)?;
-    for &size in sizes {
-        let layout = Layout::new(size, SPARSE_DATA.0 as f64 / size.0 as f64)?;
-        let lab = setup.lab_in(volume.path(), layout, Link::Loopback)?;
-        for (case, tool) in RUNS {
+/// What has been measured so far.
+#[derive(Debug)]
+struct Growth {
+    setup: Setup,
+    samples: Samples<Entry>,
+}
+
+impl Growth {
+    fn by_size(&mut self, sizes: &[Size]) -> Result<()> {
+        let volume = Volume::new(&self.setup.dir, VOLUME_SIZE)?;
+        for &size in sizes {
+            let layout = Layout::new(size, SPARSE_DATA.0 as f64 / size.0 as f64)?;
+            let lab = self.setup.lab_in(volume.path(), layout, Link::Loopback)?;
+            self.step(&lab, Part::Size, Step::Bytes(size), &RUNS)?;
+        }
+        Ok(())
+    }
+
+    fn by_data(&mut self, data: &[Size]) -> Result<()> {
+        for &size in data {
+            let lab = self.dense_lab(size)?;
+            self.step(&lab, Part::Data, Step::Bytes(size), &RUNS)?;
+        }
+        Ok(())
+    }
+
+    fn by_change(&mut self, changes: &[u8]) -> Result<()> {
+        let lab = self.dense_lab(DENSE)?;
+        for &percent in changes {
+            let case = Case::Changed(percent);
+            let runs = [(case, Tool::Blocksync), (case, Tool::BlocksyncKept)];
+            self.step(&lab, Part::Change, Step::Percent(percent), &runs)?;
+        }
+        Ok(())
+    }
+
+    fn by_delay(&mut self, round_trips: &[u64]) -> Result<()> {
+        let lab = self.dense_lab(DENSE)?;
+        for &round_trip_ms in round_trips {
+            lab.set_round_trip_ms(round_trip_ms);
+            self.step(&lab, Part::Delay, Step::RoundTripMs(round_trip_ms), &RUNS)?;
+        }
+        Ok(())
+    }
+
+    fn dense_lab(&self, size: Size) -> Result<Lab> {
+        let layout = Layout::new(size, 1.0)?;
+        check_space(&self.setup.dir, layout, layout.size())?;
+        self.setup.lab(layout, Link::Loopback)
+    }
+
+    fn step(&mut self, lab: &Lab, part: Part, step: Step, runs: &[(Case, Tool)]) -> Result<()> {
+        for &(case, tool) in runs {
+            lab.prepare(case)?;
             let entry = Entry {
-                part: Part::Size,
-                step: Step::Bytes(size),
+                part,
+                step,
                 case,
                 tool,
             };
-            take(&lab, entry, setup.runs, samples)?;
+            let samples = &mut self.samples;
+            samples.take(&entry, self.setup.runs, || lab.measure(case, tool));
         }
+        Ok(())
     }
-    Ok(())
-}
-
-fn by_data(setup: &Setup, data: &[Size], samples: &mut Samples<Entry>) -> Result<()> {
-    for &size in data {
-        let lab = dense_lab(setup, size)?;
-        for (case, tool) in RUNS {
-            let entry = Entry {
-                part: Part::Data,
-                step: Step::Bytes(size),
-                case,
-                tool,
-            };
-            take(&lab, entry, setup.runs, samples)?;
-        }
-    }
-    Ok(())
-}
-
-fn by_change(setup: &Setup, changes: &[u8], samples: &mut Samples<Entry>) -> Result<()> {
-    let lab = dense_lab(setup, DENSE)?;
-    for &percent in changes {
-        for tool in [Tool::Blocksync, Tool::BlocksyncKept] {
-            let entry = Entry {
-                part: Part::Change,
-                step: Step::Percent(percent),
-                case: Case::Changed(percent),
-                tool,
-            };
-            take(&lab, entry, setup.runs, samples)?;
-        }
-    }
-    Ok(())
-}
-
-fn by_delay(setup: &Setup, round_trips: &[u64], samples: &mut Samples<Entry>) -> Result<()> {
-    let lab = dense_lab(setup, DENSE)?;
-    for &round_trip_ms in round_trips {
-        lab.set_round_trip_ms(round_trip_ms);
-        for (case, tool) in RUNS {
-            let entry = Entry {
-                part: Part::Delay,
-                step: Step::RoundTripMs(round_trip_ms),
-                case,
-                tool,
-            };
-            take(&lab, entry, setup.runs, samples)?;
-        }
-    }
-    Ok(())
-}
-
-fn dense_lab(setup: &Setup, size: Size) -> Result<Lab> {
-    let layout = Layout::new(size, 1.0)?;
-    check_space(&setup.dir, layout, layout.size())?;
-    setup.lab(layout, Link::Loopback)
-}
-
-fn take(lab: &Lab, entry: Entry, runs: u32, samples: &mut Samples<Entry>) -> Result<()> {
-    lab.prepare(entry.case)?;
-    samples.take(&entry, runs, || lab.measure(entry.case, entry.tool));
-    Ok(())
 }
 
 fn table(part: Part, runs: u32, samples: &Samples<Entry>) -> Table {

@@ -169,7 +169,7 @@ fn over_slow_links(setup: &Setup, options: &Options, samples: &mut Samples<Entry
         for &rate in &options.rates {
             lab.link().limit(rate)?;
             let tools = [&[Tool::Blocksync, Tool::BlocksyncKept], &options.tools[..]].concat();
-            for tool in tools {
+            for tool in tools.into_iter().filter(|tool| tool.has_part_in(case)) {
                 measure(Between::Rate(rate), case, tool, setup.runs);
             }
         }

@@ -102,11 +102,38 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    use kvm_clone_tests::skip::{obstacle, skip};
+
     use super::*;
 
     #[test]
     fn a_burst_lasts_for_four_milliseconds_and_holds_two_packets() {
         assert_eq!(burst_bytes(Rate(1_000_000_000)), 500_000);
         assert_eq!(burst_bytes(Rate(100_000_000)), 131_072);
+    }
+    #[test]
+    fn one_end_hears_the_other_at_the_rate_and_no_faster() {
+        if let Some(reason) = obstacle() {
+            return skip(&reason);
+        }
+        let [source, destination] = joined().unwrap();
+        source.limit(Rate(100_000_000)).unwrap();
+        let listen = || Ok(TcpListener::bind((ADDRESSES[1], 0))?);
+        let listener = destination.inside(listen).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut sender = source.inside(|| Ok(TcpStream::connect(address)?)).unwrap();
+        let (mut receiver, _) = listener.accept().unwrap();
+        let start = Instant::now();
+        let send = thread::spawn(move || sender.write_all(&vec![1; 5_000_000]).unwrap());
+        let mut received = Vec::new();
+        receiver.read_to_end(&mut received).unwrap();
+        send.join().unwrap();
+        assert_eq!(received.len(), 5_000_000);
+        // 5 MB but for the burst.
+        assert!(start.elapsed() > Duration::from_millis(380));
     }
 }

@@ -58,3 +58,23 @@ fn run(command: &mut Command) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_clone_tests::skip::{obstacle, skip};
+
+    use super::*;
+
+    #[test]
+    fn it_takes_a_disk_of_16_tib_and_leaves_nothing_behind() {
+        if let Some(reason) = obstacle() {
+            return skip(&reason);
+        }
+        let parent = tempfile::tempdir_in("/var/tmp").unwrap();
+        let volume = Volume::new(parent.path(), Size::MIB * 512).unwrap();
+        let disk = File::create(volume.path().join("disk")).unwrap();
+        disk.set_len(16 << 40).unwrap();
+        drop((disk, volume));
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+    }
+}

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -95,11 +96,14 @@ impl Layout {
     /// The indices of the blocks that are data, spread in runs over the whole image.
     fn data_blocks(self) -> impl Iterator<Item = u64> {
         // Data where the share, summed up extent by extent, reaches the next whole number.
-        let is_data = move |index: u64| {
-            let extent = (index / EXTENT_BLOCKS) as f64;
+        let is_data = move |extent: &u64| {
+            let extent = *extent as f64;
             ((extent + 1.0) * self.data_share).floor() > (extent * self.data_share).floor()
         };
-        (0..self.blocks).filter(move |&index| is_data(index))
+        let extents = (0..self.blocks.div_ceil(EXTENT_BLOCKS)).filter(is_data);
+        let blocks =
+            extents.flat_map(|extent| extent * EXTENT_BLOCKS..(extent + 1) * EXTENT_BLOCKS);
+        blocks.take_while(move |&block| block < self.blocks)
     }
 }
 
@@ -169,24 +173,41 @@ fn next_data(file: impl AsFd, at: u64) -> Result<Option<(u64, u64)>> {
     Ok(Some((u64::try_from(start)?, u64::try_from(end)?)))
 }
 
-/// Whether two files hold the same bytes.
+/// Whether two files hold the same bytes. What is a hole in both is not read: of 16 TiB nobody
+/// waits for the zeros.
 pub(crate) fn equal(one: &Path, other: &Path) -> Result<bool> {
-    let mut files = [File::open(one)?, File::open(other)?];
+    let files = [File::open(one)?, File::open(other)?];
     let lengths = [files[0].metadata()?.len(), files[1].metadata()?.len()];
     if lengths[0] != lengths[1] {
         return Ok(false);
     }
+    let mut at = 0;
+    while let Some((start, end)) = next_data_of_either(&files, at)? {
+        if !equal_between(&files, start, end)? {
+            return Ok(false);
+        }
+        at = end;
+    }
+    Ok(true)
+}
+
+fn next_data_of_either(files: &[File; 2], at: u64) -> Result<Option<(u64, u64)>> {
+    let [one, other] = [next_data(&files[0], at)?, next_data(&files[1], at)?];
+    Ok(one.into_iter().chain(other).min())
+}
+
+fn equal_between(files: &[File; 2], start: u64, end: u64) -> Result<bool> {
     let mut buffers = [vec![0; BLOCK_LEN], vec![0; BLOCK_LEN]];
-    let mut left = lengths[0];
-    while left > 0 {
-        let n = usize::try_from(left.min(BLOCK)).unwrap_or(BLOCK_LEN);
-        for (file, buffer) in files.iter_mut().zip(&mut buffers) {
-            file.read_exact(&mut buffer[..n])?;
+    let mut at = start;
+    while at < end {
+        let n = usize::try_from((end - at).min(BLOCK)).unwrap_or(BLOCK_LEN);
+        for (file, buffer) in files.iter().zip(&mut buffers) {
+            file.read_exact_at(&mut buffer[..n], at)?;
         }
         if buffers[0][..n] != buffers[1][..n] {
             return Ok(false);
         }
-        left -= n as u64;
+        at += n as u64;
     }
     Ok(true)
 }
@@ -238,5 +259,18 @@ mod tests {
         assert!(!equal(&one, &other).unwrap());
         std::fs::write(&other, &bytes[..BLOCK_LEN]).unwrap();
         assert!(!equal(&one, &other).unwrap());
+    }
+    #[test]
+    fn a_hole_equals_zeros_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let [hole, other] = ["hole", "other"].map(|name| dir.path().join(name));
+        File::create(&hole).unwrap().set_len(4 * BLOCK).unwrap();
+        let mut bytes = vec![0; 4 * BLOCK_LEN];
+        std::fs::write(&other, &bytes).unwrap();
+        assert!(equal(&hole, &other).unwrap());
+        bytes[3 * BLOCK_LEN] = 1;
+        std::fs::write(&other, &bytes).unwrap();
+        assert!(!equal(&hole, &other).unwrap());
+        assert!(!equal(&other, &hole).unwrap());
     }
 }

@@ -6,12 +6,18 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
+/// Where in its directory a file system may be mounted.
+pub(crate) const VOLUME: &str = "volume";
+
 /// Waits for the end of its standard input, which comes with the end of the bench at the latest.
+/// Somebody may still write to the volume then: it goes from sight at once, and for good with the
+/// last of them.
 const SCRIPT: &str = r#"
 trap "" INT TERM HUP
 read -r _
 [ -f "$1/sshd.pid" ] && kill "$(cat "$1/sshd.pid")"
-rm -rf -- "$1"
+mountpoint -q "$1/$2" && umount --lazy "$1/$2"
+rm -rf --one-file-system -- "$1"
 "#;
 
 /// A shell that outlives the bench by a moment; it ends its work before `drop` returns.
@@ -19,11 +25,13 @@ rm -rf -- "$1"
 pub(crate) struct Janitor(Child);
 
 impl Janitor {
-    /// Removes `dir` in the end, and ends the sshd whose process number stands there.
+    /// Removes `dir` in the end, and ends the sshd whose process number stands there, and the file
+    /// system that is mounted there.
     pub(crate) fn hire(dir: &Path) -> Result<Self> {
         let child = Command::new("sh")
             .args(["-c", SCRIPT, "janitor"])
             .arg(dir)
+            .arg(VOLUME)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

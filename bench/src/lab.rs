@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use crate::case::Case;
 use crate::image::{self, Layout};
 use crate::janitor::Janitor;
+use crate::link::Link;
 use crate::measure::{self, Figures, Subject, measure};
 use crate::size::Size;
 use crate::sshd::{HOST, Sshd};
@@ -82,6 +83,7 @@ pub(crate) struct Outcome {
 #[derive(Debug)]
 pub(crate) struct Lab {
     sshd: Sshd,
+    link: Link,
     paths: Paths,
     layout: Layout,
     cold: bool,
@@ -95,27 +97,42 @@ impl Lab {
         parent: &Path,
         layout: Layout,
         controller: PathBuf,
-        cold: bool,
+        link: Link,
     ) -> Result<Self> {
         set_child_subreaper(true).context("becoming a subreaper")?;
-        check_space(parent, layout)?;
         let dir = TempDir::with_prefix_in("kvm-clone-bench-", parent)
             .with_context(|| format!("making a directory in {}", parent.display()))?
             .keep();
         let janitor = Janitor::hire(&dir)?;
-        let sshd = Sshd::start(&dir)?;
+        let sshd = link.at_destination(|| Sshd::start(&dir, link.address()))?;
         let paths = Paths::new(&dir, controller, sshd.config().to_owned());
         layout.write_source(&paths.source)?;
         let lab = Self {
             sshd,
+            link,
             paths,
             layout,
-            cold,
+            cold: false,
             dir,
             _janitor: janitor,
         };
         lab.deploy()?;
         Ok(lab)
+    }
+
+    /// Runs start with an empty page cache, or with a full one.
+    pub(crate) fn with_cold_cache(mut self, cold: bool) -> Self {
+        self.cold = cold;
+        self
+    }
+
+    pub(crate) fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// How far away the sshd is from now on.
+    pub(crate) fn set_round_trip_ms(&self, round_trip_ms: u64) {
+        self.sshd.relay().set_round_trip_ms(round_trip_ms);
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -124,8 +141,11 @@ impl Lab {
 
     /// The agent is copied to a host once, ahead of all measurements.
     fn deploy(&self) -> Result<()> {
-        let mut command = self.paths.controller();
-        measure::run(command.args(["agent", "deploy", HOST]), &self.paths.outputs)
+        self.link.at_source(|| {
+            self.sshd.try_login()?;
+            let mut command = self.paths.controller();
+            measure::run(command.args(["agent", "deploy", HOST]), &self.paths.outputs)
+        })
     }
 
     /// Makes the images of a case.
@@ -147,21 +167,26 @@ impl Lab {
         if tool == Tool::BlocksyncKept {
             self.leave_digests(case)?;
         }
-        let is_scan = tool == Tool::ScanLimit;
         let subject = Subject {
             command: tool.command(case, &self.paths)?,
-            result: (!is_scan).then_some(self.paths.destination.as_path()),
+            result: tool
+                .has_result()
+                .then_some(self.paths.destination.as_path()),
             is_worker: tool.is_worker(),
             outputs: &self.paths.outputs,
         };
-        let figures = measure(subject, self.sshd.relay())?;
+        let relay = self.sshd.relay();
+        let figures = self.link.at_source(|| measure(subject, relay))?;
         let sync = match tool {
             _ if tool.is_blocksync() => Some(SyncResult::parse(&fs::read(
                 self.paths.outputs.join("stdout"),
             )?)?),
             _ => None,
         };
-        let allocated_bytes = if is_scan { None } else { self.check(tool)? };
+        let allocated_bytes = match tool {
+            _ if tool.has_result() => self.check(tool)?,
+            _ => None,
+        };
         Ok(Outcome {
             figures,
             allocated_bytes,
@@ -177,7 +202,9 @@ impl Lab {
             Case::Changed(0) => &self.paths.source,
             Case::Changed(_) => &self.paths.old,
         };
-        measure::run(&mut self.paths.sync(from), &self.paths.outputs)
+        let mut sync = self.paths.sync(from);
+        self.link
+            .at_source(|| measure::run(&mut sync, &self.paths.outputs))
     }
 
     /// Compares the result with what it should be; gives the space that a copied image takes.
@@ -248,11 +275,11 @@ fn drop_caches() -> Result<()> {
     fs::write("/proc/sys/vm/drop_caches", "3").context("dropping the page cache")
 }
 
-/// Source, old image and payload hold the data; the destination may lose its holes.
-fn check_space(dir: &Path, layout: Layout) -> Result<()> {
+/// Source, old image and payload hold the data; the destination takes up to `result_bytes`.
+pub(crate) fn check_space(dir: &Path, layout: Layout, result_bytes: u64) -> Result<()> {
     let stat = statvfs(dir).with_context(|| format!("looking at {}", dir.display()))?;
     let free = stat.blocks_available() * stat.fragment_size();
-    let needed = 3 * layout.data_bytes() + layout.size() + 64 * Size::MIB.0;
+    let needed = 3 * layout.data_bytes() + result_bytes + 64 * Size::MIB.0;
     ensure!(
         free >= needed,
         "{} has {} MiB free, the bench needs {}: choose another place with --dir, or a smaller --size",

@@ -27,21 +27,26 @@ pub(crate) fn describe(dir: &Path) -> Vec<String> {
     ]
 }
 
+/// The compiler that Cargo uses here.
+pub(crate) fn compiler() -> String {
+    output("rustc", &["--version"])
+}
+
 fn processor() -> String {
-    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = cpu.lines().find(|line| line.starts_with(name))?;
-        Some(line.split_once(':')?.1.trim().to_owned())
-    };
-    let flags = field("flags")
-        .or_else(|| field("Features"))
-        .unwrap_or_default();
-    let has = |flag: &&str| flags.split(' ').any(|found| found == *flag);
     let known: Vec<_> = ["avx2", "avx512f", "aes", "vaes"]
         .into_iter()
-        .filter(has)
+        .filter(|feature| has(feature))
         .collect();
     format!("{}, {}", std::env::consts::ARCH, known.join(" "))
+}
+
+/// Whether the processor says that it has a feature, by Linux's name for it.
+pub(crate) fn has(feature: &str) -> bool {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let is_list = |line: &&str| line.starts_with("flags") || line.starts_with("Features");
+    cpu.lines()
+        .find(is_list)
+        .is_some_and(|list| list.split(' ').any(|found| found == feature))
 }
 
 fn memory() -> String {

@@ -1,5 +1,5 @@
-//! Measures blocksync against rsync, scp, blocksync-fast, bdsync and the limits of the machine, in
-//! one run, over a real ssh of its own, and prints a table in Markdown.
+//! Measures blocksync against rsync, scp, blocksync-fast, bdsync, diskrsync and the limits of the
+//! machine, over a real ssh of its own, and prints tables in Markdown.
 //!
 //! ```text
 //!   bench ─┬─ sshd (own keys, free port on loopback) ◄── counting relay ◄── ssh of every tool
@@ -12,79 +12,88 @@
 #![forbid(unsafe_code)]
 
 mod case;
+mod compare;
+mod count;
+mod delay;
+mod growth;
 mod image;
 mod janitor;
 mod lab;
 mod limits;
+mod link;
+mod links;
 mod machine;
 mod measure;
+mod namespace;
+mod plot;
 mod process;
 mod quiet;
+mod rate;
 mod relay;
 mod report;
+mod samples;
+mod setup;
 mod size;
 mod sshd;
 mod tool;
+mod volume;
 
+use std::fmt::Display;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use kvm_clone_bench::operation::Operation;
 
-use crate::case::Case;
-use crate::image::Layout;
-use crate::lab::Lab;
 use crate::report::Report;
-use crate::size::Size;
-use crate::tool::Tool;
+use crate::setup::Setup;
 
 /// Measures blocksync against other tools and the limits of this machine.
 #[derive(Debug, Parser)]
-#[command(name = "kvm-clone-bench", version)]
+#[command(
+    name = "kvm-clone-bench",
+    version,
+    args_conflicts_with_subcommands = true
+)]
 struct Args {
-    /// Size of the disk image
-    #[arg(long, default_value = "4G")]
-    size: Size,
-    /// How much of the image is data; the rest is holes
-    #[arg(long, default_value_t = 0.5, value_parser = share)]
-    data_share: f64,
-    /// Runs of each measurement; the table shows medians
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    runs: u32,
-    /// Drop the page cache before each run, instead of filling it (needs root)
-    #[arg(long)]
-    cold: bool,
-    /// Where the images are made, in a directory of their own that is removed at the end
-    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
-    dir: PathBuf,
-    /// What to measure beside the limits [default: all that this machine has]
-    #[arg(long, value_enum, value_delimiter = ',')]
-    tools: Vec<Tool>,
-    /// Which cases: first, or the percentage of blocks that changed
-    #[arg(long, value_delimiter = ',', default_value = "first,0,1,10,50")]
-    cases: Vec<Case>,
-    /// Also write the figures of every single run to this file
-    #[arg(long, value_name = "FILE")]
-    csv: Option<PathBuf>,
-    /// Use this controller instead of building it
-    #[arg(long, value_name = "PATH")]
-    controller: Option<PathBuf>,
-    /// Tiny and quick, for CI: shows that everything runs and is right; its times mean nothing
-    #[arg(long, conflicts_with_all = ["size", "runs"])]
+    #[command(flatten)]
+    setup: Setup,
+    #[command(flatten)]
+    compare: compare::Options,
+    /// Everything, but tiny and quick, for CI: shows that all runs and is right; times mean nothing
+    #[arg(long, conflicts_with_all = ["size", "runs", "csv"])]
     smoke: bool,
     #[command(subcommand)]
-    limit: Option<Limit>,
+    command: Option<Command>,
 }
 
-/// A measurement of its own, and limits that run as a process, so that they are measured like any
-/// tool.
 #[derive(Debug, Subcommand)]
-enum Limit {
+enum Command {
+    /// Measures over slow links and over far ones
+    Links {
+        #[command(flatten)]
+        setup: Setup,
+        #[command(flatten)]
+        options: links::Options,
+    },
+    /// Measures how blocksync's time, memory and traffic grow with the disk
+    Growth {
+        #[command(flatten)]
+        setup: Setup,
+        #[command(flatten)]
+        options: growth::Options,
+    },
     /// Measures what a guest loses beside a scan (needs root and fio)
     Quiet(quiet::Quiet),
-    /// Reads and digests the data of all files at once, a thread each
+    /// Counts the instructions of the small benches, and compares them with those on record
+    Count(count::Options),
+    /// Does one of the small benches so many times
+    #[command(hide = true)]
+    Repeat { operation: Operation, times: u64 },
+    /// A limit, as a process of its own, so that it is measured like any tool: reads and digests
+    /// the data of all files at once, a thread each
     #[command(hide = true)]
     Scan {
         #[arg(required = true)]
@@ -92,16 +101,10 @@ enum Limit {
     },
 }
 
-fn share(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => Err("expected a number from 0 to 1".to_owned()),
-    }
-}
-
 fn main() -> ExitCode {
     match carry_out(&Args::parse()) {
-        Ok(code) => code,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             say(&format!("error: {error:#}"));
             ExitCode::FAILURE
@@ -109,62 +112,49 @@ fn main() -> ExitCode {
     }
 }
 
-fn carry_out(args: &Args) -> Result<ExitCode> {
-    if let Some(Limit::Quiet(quiet)) = &args.limit {
-        return quiet.run().map(|()| ExitCode::SUCCESS);
-    }
-    if let Some(Limit::Scan { files }) = &args.limit {
-        limits::scan(files)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let report = run(args)?;
-    write!(std::io::stdout(), "{report}").context("writing the table")?;
-    Ok(if report.all_valid() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
-}
-
-fn run(args: &Args) -> Result<Report> {
-    let (size, runs) = if args.smoke {
-        (Size::MIB * 32, 1)
-    } else {
-        (args.size, args.runs)
-    };
-    ensure!(
-        !args.cold || nix::unistd::geteuid().is_root(),
-        "--cold needs root"
-    );
-    let (tools, absent) = tool::select(&args.tools)?;
-    let controller = match &args.controller {
-        Some(path) => path.clone(),
-        None => tool::build_controller()?,
-    };
-    let layout = Layout::new(size, args.data_share)?;
-    let lab = Lab::new(&args.dir, layout, controller, args.cold)?;
-    let mut report = Report::new(machine::describe(lab.path()), layout, runs, args.cold);
-    for tool in absent {
-        report.note(format!("{tool} was not measured: it is not on PATH"));
-    }
-    for &case in &args.cases {
-        lab.prepare(case)?;
-        let contenders = limits::of(case).into_iter().chain(tools.iter().copied());
-        for contender in contenders.filter(|contender| contender.has_part_in(case)) {
-            for run in 1..=runs {
-                say(&format!("{case}: {contender}, run {run} of {runs}"));
-                report.add(case, contender, run, lab.measure(case, contender));
-            }
+/// Does what is asked for; whether every run was valid.
+fn carry_out(args: &Args) -> Result<bool> {
+    match &args.command {
+        Some(Command::Scan { files }) => limits::scan(files).map(|()| true),
+        Some(Command::Links { setup, options }) => publish(setup, links::run(setup, options)?),
+        Some(Command::Growth { setup, options }) => publish(setup, growth::run(setup, options)?),
+        Some(Command::Quiet(quiet)) => quiet.run().map(|()| true),
+        Some(Command::Count(options)) => {
+            let (table, valid) = count::run(options)?;
+            print(&table)?;
+            Ok(valid)
         }
+        Some(Command::Repeat { operation, times }) => {
+            count::repeat(*operation, *times);
+            Ok(true)
+        }
+        None if args.smoke => smoke(args),
+        None => publish(&args.setup, compare::run(&args.setup, &args.compare)?),
     }
-    if let Some(path) = &args.csv {
-        std::fs::write(path, report.csv())
-            .with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(report)
 }
 
-/// Tells people what happens. The table alone goes to standard output.
+fn smoke(args: &Args) -> Result<bool> {
+    let setup = args.setup.for_smoke()?;
+    let compared = publish(&setup, compare::run(&setup, &args.compare.for_smoke())?)?;
+    let linked = publish(&setup, links::run(&setup, &links::Options::for_smoke())?)?;
+    let grown = publish(&setup, growth::run(&setup, &growth::Options::for_smoke())?)?;
+    Ok(compared && linked && grown)
+}
+
+/// Prints a report, and keeps its single runs where that was asked for; whether all were valid.
+fn publish(setup: &Setup, report: Report) -> Result<bool> {
+    print(&report.text)?;
+    if let Some(path) = &setup.csv {
+        std::fs::write(path, report.csv).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(report.valid)
+}
+
+fn print(tables: impl Display) -> Result<()> {
+    write!(std::io::stdout(), "{tables}").context("writing the tables")
+}
+
+/// Tells people what happens. The tables alone go to standard output.
 fn say(message: &str) {
     // A closed standard error is no reason to stop measuring.
     let _ = writeln!(std::io::stderr(), "{message}");

@@ -1,5 +1,6 @@
 //! A relay in front of sshd that counts what crosses it: the bytes on the wire, for every tool
-//! alike. Bytes move by `splice` and never enter this process, so it costs little.
+//! alike. Bytes move by `splice` and never enter this process, so it costs little; only where the
+//! relay plays a far link are they held here for a while.
 
 use std::io;
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -7,9 +8,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
+
+use crate::delay;
 
 /// What one splice moves at most, and what a pipe is asked to hold.
 const PIPE_LEN: usize = 1 << 20;
@@ -25,19 +29,33 @@ pub(crate) struct Relay {
 struct State {
     bytes: AtomicU64,
     pumps: AtomicUsize,
+    round_trip_ms: AtomicU64,
+}
+
+impl State {
+    fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn round_trip(&self) -> Duration {
+        Duration::from_millis(self.round_trip_ms.load(Ordering::Relaxed))
+    }
 }
 
 impl Relay {
-    /// Listens on a free port of the loopback and passes connections on to `target`.
-    pub(crate) fn start(target: u16) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("opening the relay")?;
+    /// Listens on a free port of `address` and passes connections on to `target` of the loopback.
+    pub(crate) fn start(address: Ipv4Addr, target: u16) -> Result<Self> {
+        let listener = TcpListener::bind((address, 0)).context("opening the relay")?;
         let port = listener.local_addr()?.port();
         let state = Arc::new(State::default());
         let shared = Arc::clone(&state);
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                // A connection that cannot be passed on is closed; the tool will say so.
-                let _ = connect(client, target, &shared);
+                let state = Arc::clone(&shared);
+                thread::spawn(move || {
+                    // A connection that cannot be passed on is closed; the tool will say so.
+                    let _ = connect(client, target, &state);
+                });
             }
         });
         Ok(Self { port, state })
@@ -45,6 +63,12 @@ impl Relay {
 
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// How long a question and its answer are under way, on connections from now on.
+    pub(crate) fn set_round_trip_ms(&self, round_trip_ms: u64) {
+        let state = &self.state.round_trip_ms;
+        state.store(round_trip_ms, Ordering::Relaxed);
     }
 
     /// Bytes that have crossed so far, both directions.
@@ -59,6 +83,9 @@ impl Relay {
 }
 
 fn connect(client: TcpStream, target: u16, state: &Arc<State>) -> io::Result<()> {
+    let round_trip = state.round_trip();
+    // What a far client waits for before it may speak.
+    thread::sleep(round_trip);
     let server = TcpStream::connect((Ipv4Addr::LOCALHOST, target))?;
     for stream in [&client, &server] {
         stream.set_nodelay(true)?;
@@ -69,7 +96,10 @@ fn connect(client: TcpStream, target: u16, state: &Arc<State>) -> io::Result<()>
         state.pumps.fetch_add(1, Ordering::AcqRel);
         thread::spawn(move || {
             // An error here is a connection that broke, which both ends see for themselves.
-            let _ = pump(&from, &to, &state.bytes);
+            let _ = match round_trip {
+                Duration::ZERO => pump(&from, &to, &state),
+                _ => delay::pump(&from, &to, round_trip / 2, |bytes| state.count(bytes)),
+            };
             let _ = to.shutdown(Shutdown::Write);
             let _ = from.shutdown(Shutdown::Read);
             state.pumps.fetch_sub(1, Ordering::AcqRel);
@@ -79,7 +109,7 @@ fn connect(client: TcpStream, target: u16, state: &Arc<State>) -> io::Result<()>
 }
 
 /// Moves bytes until `from` ends.
-fn pump(from: &TcpStream, to: &TcpStream, count: &AtomicU64) -> io::Result<()> {
+fn pump(from: &TcpStream, to: &TcpStream, state: &State) -> io::Result<()> {
     let (pipe_out, pipe_in) = io::pipe()?;
     let wanted = i32::try_from(PIPE_LEN).expect("a megabyte fits");
     // Without the privilege for a large pipe the usual 64 KiB do.
@@ -89,7 +119,7 @@ fn pump(from: &TcpStream, to: &TcpStream, count: &AtomicU64) -> io::Result<()> {
         while left > 0 {
             left -= splice_once(&pipe_out, to, left)?;
         }
-        count.fetch_add(got as u64, Ordering::Relaxed);
+        state.count(got);
     }
     Ok(())
 }
@@ -108,15 +138,17 @@ fn splice_once(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> 
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::time::Instant;
 
     use super::*;
 
-    #[test]
-    fn bytes_pass_both_ways_and_are_counted() {
+    /// A relay, and a server behind it that hears a client out and answers with the first 1000
+    /// bytes; how long that took.
+    fn ask(round_trip_ms: u64) -> Duration {
         let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let relay = Relay::start(server.local_addr().unwrap().port()).unwrap();
-        let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, relay.port())).unwrap();
-        let question = vec![7; 3 << 20];
+        let port = server.local_addr().unwrap().port();
+        let relay = Relay::start(Ipv4Addr::LOCALHOST, port).unwrap();
+        relay.set_round_trip_ms(round_trip_ms);
         let echo = thread::spawn(move || {
             let (mut peer, _) = server.accept().unwrap();
             let mut bytes = Vec::new();
@@ -124,12 +156,27 @@ mod tests {
             peer.write_all(&bytes[..1000]).unwrap();
             bytes.len()
         });
+        let start = Instant::now();
+        let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, relay.port())).unwrap();
+        let question: Vec<u8> = (0..3 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
         client.write_all(&question).unwrap();
         client.shutdown(Shutdown::Write).unwrap();
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).unwrap();
+        let took = start.elapsed();
         assert_eq!(echo.join().unwrap(), question.len());
         assert_eq!(answer, &question[..1000]);
         assert_eq!(relay.bytes(), question.len() as u64 + 1000);
+        took
+    }
+
+    #[test]
+    fn bytes_pass_both_ways_and_are_counted() {
+        ask(0);
+    }
+
+    #[test]
+    fn a_far_answer_takes_a_round_trip_to_connect_and_one_to_come() {
+        assert!(ask(50) >= Duration::from_millis(100));
     }
 }

@@ -47,6 +47,7 @@ impl FromStr for Size {
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (unit, shift) = match self.0 {
+            bytes if bytes >= 1 << 40 && bytes.trailing_zeros() >= 40 => ("TiB", 40),
             bytes if bytes >= 1 << 30 && bytes.trailing_zeros() >= 30 => ("GiB", 30),
             bytes if bytes >= 1 << 20 && bytes.trailing_zeros() >= 20 => ("MiB", 20),
             bytes if bytes >= 1 << 10 && bytes.trailing_zeros() >= 10 => ("KiB", 10),
@@ -64,6 +65,7 @@ mod tests {
     fn sizes_are_read_and_shown() {
         for (text, bytes, shown) in [
             ("4G", 4 << 30, "4 GiB"),
+            ("16T", 16 << 40, "16 TiB"),
             ("64KiB", 65_536, "64 KiB"),
             ("100", 100, "100 bytes"),
         ] {

@@ -1,5 +1,5 @@
-//! An sshd of the bench's own, with its own keys, on a free port of the loopback: real ssh, and
-//! nothing of the user's configuration is touched.
+//! An sshd of the bench's own, with its own keys, on a free port of the loopback, behind a relay:
+//! real ssh, and nothing of the user's configuration is touched.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -33,8 +33,8 @@ pub(crate) struct Sshd {
 }
 
 impl Sshd {
-    /// Starts one whose keys and configuration live in `dir`.
-    pub(crate) fn start(dir: &Path) -> Result<Self> {
+    /// Starts one whose keys and configuration live in `dir`, and which is reached at `address`.
+    pub(crate) fn start(dir: &Path, address: Ipv4Addr) -> Result<Self> {
         for key in ["host_key", "user_key"] {
             make_key(&dir.join(key))?;
         }
@@ -44,16 +44,15 @@ impl Sshd {
         let port = free_port()?;
         fs::write(dir.join("sshd_config"), server_config(dir, port)?)?;
         let child = spawn(dir)?;
-        let relay = Relay::start(port)?;
+        let relay = Relay::start(address, port)?;
         let config = dir.join("ssh_config");
-        fs::write(&config, client_config(dir, relay.port())?)?;
+        fs::write(&config, client_config(dir, address, relay.port())?)?;
         let mut sshd = Self {
             child,
             config,
             relay,
         };
         sshd.wait_until_up(dir, port)?;
-        sshd.try_login()?;
         Ok(sshd)
     }
 
@@ -79,7 +78,8 @@ impl Sshd {
         Ok(())
     }
 
-    fn try_login(&self) -> Result<()> {
+    /// Logs in as the tools will.
+    pub(crate) fn try_login(&self) -> Result<()> {
         let output = Command::new("ssh")
             .arg("-F")
             .arg(&self.config)
@@ -160,16 +160,16 @@ fn server_config(dir: &Path, port: u16) -> Result<String> {
     ))
 }
 
-fn client_config(dir: &Path, port: u16) -> Result<String> {
+fn client_config(dir: &Path, address: Ipv4Addr, port: u16) -> Result<String> {
     let dir = plain(dir)?;
     let key = fs::read_to_string(format!("{dir}/host_key.pub"))?;
     fs::write(
         format!("{dir}/known_hosts"),
-        format!("[127.0.0.1]:{port} {key}"),
+        format!("[{address}]:{port} {key}"),
     )?;
     Ok(format!(
         "Host {HOST}\n\
-         HostName 127.0.0.1\n\
+         HostName {address}\n\
          Port {port}\n\
          IdentityFile {dir}/user_key\n\
          IdentitiesOnly yes\n\

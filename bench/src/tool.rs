@@ -24,6 +24,7 @@ pub(crate) enum Tool {
     Scp,
     BlocksyncFast,
     Bdsync,
+    Diskrsync,
     /// Both disks' data read and digested, nothing else.
     #[value(skip)]
     ScanLimit,
@@ -33,6 +34,9 @@ pub(crate) enum Tool {
     /// The same with aes128-gcm.
     #[value(skip)]
     WireLimitAes,
+    /// Logging in and nothing else.
+    #[value(skip)]
+    Login,
 }
 
 impl fmt::Display for Tool {
@@ -44,9 +48,11 @@ impl fmt::Display for Tool {
             Self::Scp => "scp",
             Self::BlocksyncFast => "blocksync-fast",
             Self::Bdsync => "bdsync",
+            Self::Diskrsync => "diskrsync",
             Self::ScanLimit => "*scan limit*",
             Self::WireLimit => "*wire limit*",
             Self::WireLimitAes => "*wire limit, aes128-gcm*",
+            Self::Login => "*ssh HOST true*",
         })
     }
 }
@@ -59,11 +65,13 @@ impl Tool {
             Self::Scp => Some("scp"),
             Self::BlocksyncFast => Some("blocksync-fast"),
             Self::Bdsync => Some("bdsync"),
+            Self::Diskrsync => Some("diskrsync"),
             Self::Blocksync
             | Self::BlocksyncKept
             | Self::ScanLimit
             | Self::WireLimit
-            | Self::WireLimitAes => None,
+            | Self::WireLimitAes
+            | Self::Login => None,
         }
     }
 
@@ -82,6 +90,16 @@ impl Tool {
         matches!(self, Self::WireLimit | Self::WireLimitAes)
     }
 
+    /// Whether it leaves something on the destination's disk.
+    pub(crate) fn has_result(self) -> bool {
+        !matches!(self, Self::ScanLimit | Self::Login)
+    }
+
+    /// Its name without the marks and commas that a table or a list may have.
+    pub(crate) fn plain_name(self) -> String {
+        self.to_string().replace(['*', ','], "")
+    }
+
     /// Whether a process of this name does the tool's own work, ssh and shells apart.
     pub(crate) fn is_worker(self) -> fn(&str) -> bool {
         match self {
@@ -92,8 +110,9 @@ impl Tool {
             Self::Scp => |name| name == "scp" || name == "sftp-server",
             Self::BlocksyncFast => |name| name == "blocksync-fast",
             Self::Bdsync => |name| name == "bdsync",
+            Self::Diskrsync => |name| name == "diskrsync",
             Self::ScanLimit => |name| name == "kvm-clone-bench",
-            Self::WireLimit | Self::WireLimitAes => |_| false,
+            Self::WireLimit | Self::WireLimitAes | Self::Login => |_| false,
         }
     }
 
@@ -110,9 +129,11 @@ impl Tool {
             Self::Scp => Ok(scp(paths)),
             Self::BlocksyncFast => pipeline(BLOCKSYNC_FAST, paths),
             Self::Bdsync => pipeline(BDSYNC, paths),
+            Self::Diskrsync => diskrsync(paths),
             Self::ScanLimit => scan(paths),
             Self::WireLimit => wire(paths, &[]),
             Self::WireLimitAes => wire(paths, &["-c", "aes128-gcm@openssh.com"]),
+            Self::Login => Ok(login(paths)),
         }
     }
 }
@@ -147,6 +168,17 @@ fn scp(paths: &Paths) -> Command {
     command.arg("-q").arg("-F").arg(&paths.ssh_config);
     command.arg(&paths.source).arg(remote(&paths.destination));
     command
+}
+
+/// With a raw image as its result: by default it writes a format of its own. It splits the flags
+/// for ssh at each space, and takes no quotes.
+fn diskrsync(paths: &Paths) -> Result<Command> {
+    let mut command = Command::new("diskrsync");
+    command
+        .arg("--no-compress")
+        .arg(format!("--ssh-flags=-F {}", paths.config()?));
+    command.arg(&paths.source).arg(remote(&paths.destination));
+    Ok(command)
 }
 
 /// Digests are made on the far side in every run, fetched, and compared here: both disks are
@@ -191,15 +223,23 @@ fn scan(paths: &Paths) -> Result<Command> {
 
 fn wire(paths: &Paths, cipher: &[&str]) -> Result<Command> {
     let payload = std::fs::File::open(&paths.payload)?;
-    let mut command = Command::new("ssh");
-    command
-        .arg("-F")
-        .arg(&paths.ssh_config)
-        .args(cipher)
-        .arg(HOST);
+    let mut command = ssh(paths);
+    command.args(cipher).arg(HOST);
     command.arg(format!("cat > {}", paths.destination.display()));
     command.stdin(Stdio::from(payload));
     Ok(command)
+}
+
+fn login(paths: &Paths) -> Command {
+    let mut command = ssh(paths);
+    command.args([HOST, "true"]);
+    command
+}
+
+fn ssh(paths: &Paths) -> Command {
+    let mut command = Command::new("ssh");
+    command.arg("-F").arg(&paths.ssh_config);
+    command
 }
 
 /// The tools to measure, and those of the usual ones that this machine has not.

@@ -1,7 +1,5 @@
 //! `--streams`: one disk over several data connections.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::path::PathBuf;
 use std::time::Duration;
 

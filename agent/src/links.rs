@@ -65,6 +65,7 @@ pub(crate) struct Links {
     turn: usize,
     nap: Option<Pin<Box<Sleep>>>,
     lost: Option<Lost>,
+    is_mute: bool,
     /// Bytes of what belongs to the links and not to the session.
     own_wire: u64,
 }
@@ -105,6 +106,7 @@ impl Links {
             turn: 0,
             nap: None,
             lost: None,
+            is_mute: false,
             own_wire: 0,
         }
     }
@@ -119,10 +121,15 @@ impl Links {
         self.queue.len() >= MAX_QUEUED
     }
 
-    /// Whether all that can be written has been.
+    /// Whether all that was taken has been written, or is not to be any more.
     pub(crate) fn is_empty(&self) -> bool {
         let written = || self.up.iter().all(|link| link.writer.is_empty());
-        self.lost.is_some() || self.queue.is_empty() && written()
+        self.is_mute || self.queue.is_empty() && written()
+    }
+
+    /// What could not be written is nothing that the peer waits for.
+    pub(crate) fn fall_silent(&mut self) {
+        self.is_mute = true;
     }
 
     /// Bytes in both directions of which the session knows nothing.
@@ -212,6 +219,8 @@ impl Links {
                     link.reader.expect_life();
                     self.own_wire += 2 * PREAMBLE_LEN as u64;
                     self.up.push(link);
+                    // Something may have come with the preamble.
+                    self.take_in(self.up.len() - 1)?;
                 }
                 Err(failure) => self.missed = Some(failure),
             }
@@ -298,11 +307,17 @@ impl Links {
                 self.lost.get_or_insert_with(|| Lost::now(at, why));
                 continue;
             }
-            while let Some(frame) = self.up[at].reader.buffered()? {
-                self.arrive(at, frame)?;
-            }
+            self.take_in(at)?;
         }
         Ok(moved)
+    }
+
+    /// Takes the frames that a link has read.
+    fn take_in(&mut self, at: usize) -> Result<(), Failure> {
+        while let Some(frame) = self.up[at].reader.buffered()? {
+            self.arrive(at, frame)?;
+        }
+        Ok(())
     }
 
     fn arrive(&mut self, at: usize, frame: Frame) -> Result<(), Failure> {

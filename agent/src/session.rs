@@ -78,8 +78,9 @@ impl Session {
                         }
                     }
                     // If the peer has said its last word, all is well, and what could not be
-                    // written is nothing that it waited for. Ours it would have to hear.
-                    Event::Lost if self.machine.outcome().is_none() => {}
+                    // written is nothing that it waited for. Ours it must have been given.
+                    Event::Lost if self.machine.outcome().is_none() => links.fall_silent(),
+                    Event::Lost if links.is_empty() => {}
                     Event::Lost | Event::Over => return Err(links.failure().await),
                 },
                 () = tokio::time::sleep_until(patience) => {

@@ -205,7 +205,11 @@ fn a_bit_flipped_in_any_kind_of_frame_is_an_error_or_does_no_harm() {
         .collect();
     let all = FrameKind::ALL.into_iter().filter(|kind| kind.is_data());
     let missing: Vec<_> = all.filter(|kind| !seen.contains(kind)).collect();
-    assert_eq!(missing, [FrameKind::Beat], "all but beats are in a session");
+    assert_eq!(
+        missing,
+        [FrameKind::Beat, FrameKind::Place],
+        "all but beats, and what several links need, are in a session"
+    );
     let flips = in_every_kind(&clean, &mut Random::new(seed()), None);
     let tally = play(&disks, &flips, false);
     assert_eq!(tally.not_flipped, 0);

@@ -29,8 +29,8 @@ impl Side {
 const BLAME_TIME: Duration = Duration::from_secs(3);
 
 /// How much is kept of what is said while something else is waited for: more than all disks of a VM
-/// have to say.
-const MAX_KEPT: usize = 1024;
+/// have to say, even where data connections take long and each tells of its progress meanwhile.
+const MAX_KEPT: usize = 2048;
 
 /// Control connections to both hosts.
 #[derive(Debug)]
@@ -179,17 +179,8 @@ impl Pair {
         }
     }
 
-    /// Keeps what was said for [`Pair::next`]; of progress the newest.
+    /// Keeps what was said for [`Pair::next`].
     fn keep(&mut self, side: Side, said: Control) -> Result<()> {
-        if let Control::Progress(new) = &said {
-            let is_older = |(from, kept): &&mut (Side, Control)| {
-                *from == side && matches!(kept, Control::Progress(old) if old.disk == new.disk)
-            };
-            if let Some((_, older)) = self.kept.iter_mut().find(is_older) {
-                *older = said;
-                return Ok(());
-            }
-        }
         if self.kept.len() >= MAX_KEPT {
             let message = "an agent says more than it is asked";
             return Err(Error::new(ErrorCode::Protocol, message));

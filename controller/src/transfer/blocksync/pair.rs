@@ -218,6 +218,24 @@ impl Pair {
         Err(Stopped { at, error })
     }
 
+    /// `side` did not reach the other on the way for `disk`: the reason, if either of them has one.
+    /// A disk that cannot be begun with is waited for by nobody.
+    pub(super) async fn reason(&mut self, side: Side, disk: u32) -> Option<Error> {
+        for side in [side, side.other()] {
+            let is_reason = |(from, said): &(Side, Control)| {
+                *from == side
+                    && matches!(said, Control::Failed(failed)
+                        if failed.disk == Some(disk) && failed.code != FailureCode::LinkLost)
+            };
+            if let Some(at) = self.kept.iter().position(is_reason)
+                && let Some((_, Control::Failed(failed))) = self.kept.remove(at)
+            {
+                return Some(on(self.side(side), failed));
+            }
+        }
+        self.blame(side, Some(disk)).await
+    }
+
     /// `side` lost the other on the way for `disk`: the reason that the other gives, if it has
     /// one. It has none when it says only that it has lost this side as well.
     async fn blame(&mut self, side: Side, disk: Option<u32>) -> Option<Error> {

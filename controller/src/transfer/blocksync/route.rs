@@ -65,24 +65,32 @@ pub(super) async fn connect(
         RouteChoice::Auto if has_choice => {
             let mut connection = direct(pair, first, links).await?;
             match dialed(pair, &mut connection).await {
-                Err(error) if is_about_the_way(&error) => {
+                Err(Unreached { error, .. }) if is_about_the_way(&error) => {
                     tracing::info!("no direct route: {}", error.one_line());
                     relay(pair, first + LINKS, links).await
                 }
-                dialed => dialed.map(|()| connection),
+                Err(Unreached { error, .. }) => Err(error),
+                Ok(()) => Ok(connection),
             }
         }
         RouteChoice::Direct | RouteChoice::Auto => direct(pair, first, links).await,
     }
 }
 
+/// The side that was to dial has not reached the other by any link.
+#[derive(Debug)]
+pub(super) struct Unreached {
+    pub(super) dialing: Side,
+    pub(super) error: Error,
+}
+
 /// Waits until the side that dials has reached the other, by one link at least: a session does
 /// without the others.
 ///
 /// # Errors
-/// When it has not.
-pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Result<()> {
-    let Some(side) = connection.dialing.take() else {
+/// [`Unreached`] when it has not.
+pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Result<(), Unreached> {
+    let Some(dialing) = connection.dialing.take() else {
         return Ok(());
     };
     let links = connection.link..connection.link + u32::from(connection.links);
@@ -90,9 +98,12 @@ pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Resu
     for _ in links.clone() {
         // The disk may be heard of already.
         let is_it = |said: &Control| is_answer(said) && !matches!(said, Control::Started(_));
-        match in_time(pair.answer(side, None, is_it)).await {
+        match in_time(pair.answer(dialing, None, is_it)).await {
             Ok(Control::Dialed(dialed)) if links.contains(&dialed.link) => reached = true,
-            Ok(answer) => return Err(unexpected("dial", &answer)),
+            Ok(answer) => {
+                let error = unexpected("dial", &answer);
+                return Err(Unreached { dialing, error });
+            }
             Err(error) => {
                 tracing::info!("a data connection less: {}", error.one_line());
                 missed.get_or_insert(error);
@@ -100,10 +111,13 @@ pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Resu
         }
     }
     match missed {
-        Some(error) if !reached && connection.route == Route::Direct => {
-            Err(unreached(pair, side, error))
+        Some(error) if !reached => {
+            let error = match connection.route {
+                Route::Direct => unreached(pair, dialing, error),
+                Route::Local | Route::Relay => error,
+            };
+            Err(Unreached { dialing, error })
         }
-        Some(error) if !reached => Err(error),
         _ => Ok(()),
     }
 }

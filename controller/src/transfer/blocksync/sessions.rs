@@ -11,7 +11,7 @@ use kvm_clone_protocol::message::{
 use kvm_clone_protocol::units::{BLOCK_SIZE, MAX_DISK_SIZE};
 
 use super::pair::{Pair, Side, is_answer, unexpected};
-use super::route::{self, Connection};
+use super::route::{self, Connection, Unreached};
 use super::{Disks, number};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::AgentConnection;
@@ -140,7 +140,11 @@ impl<'a, 'b> Sessions<'a, 'b> {
             let start = start(request, number(at), &connection, role, params);
             self.pair.tell(side, &start).await?;
         }
-        route::dialed(self.pair, &mut connection).await?;
+        if let Err(failure) = route::dialed(self.pair, &mut connection).await {
+            let Unreached { dialing, error } = failure;
+            let reason = self.pair.reason(dialing, number(at)).await;
+            return Err(reason.unwrap_or(error));
+        }
         for (side, _) in sides {
             self.started(at, side).await?;
         }

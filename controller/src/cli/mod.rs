@@ -395,11 +395,14 @@ mod tests {
             .unwrap()
             .render_long_help()
             .to_string();
-        for absent in ["--streams", "--io ", "transfer-method"] {
+        for absent in ["--io ", "transfer-method"] {
             assert!(!help.contains(absent), "{absent} in {help}");
         }
         for present in [
             "--bandwidth-limit",
+            "--streams",
+            "--nice",
+            "--read-limit",
             "--compress",
             "--route",
             "--apply",

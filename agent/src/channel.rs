@@ -143,7 +143,7 @@ impl FrameReader {
                 let version = ours.negotiate(theirs.versions)?;
                 return Ok((theirs, version));
             }
-            if poll_fn(|context| self.poll_fill(context)).await? == 0 {
+            if self.fill().await? == 0 {
                 return Err(preamble::not_found(&self.buffer).into());
             }
         }
@@ -158,7 +158,7 @@ impl FrameReader {
             if let Some(frame) = self.buffered()? {
                 return Ok(Some(frame));
             }
-            if poll_fn(|context| self.poll_fill(context)).await? == 0 {
+            if self.fill().await? == 0 {
                 return self.check_end().map(|()| None);
             }
         }
@@ -193,6 +193,10 @@ impl FrameReader {
             self.expect_life();
         }
         Ok(frame)
+    }
+
+    async fn fill(&mut self) -> io::Result<usize> {
+        poll_fn(|context| self.poll_fill(context)).await
     }
 
     /// Reads more, for [`buffered`](Self::buffered) to look at; nothing at the end of the stream.

@@ -54,8 +54,6 @@ impl Drop for Linking {
 pub(crate) struct Links {
     coming: Vec<Linking>,
     up: Vec<Link>,
-    /// Why the last one that could not be made was not.
-    missed: Option<Failure>,
     queue: VecDeque<Frame>,
     /// Where there are several.
     numbered: Option<(Numbers, Order)>,
@@ -98,7 +96,6 @@ impl Links {
         Self {
             coming,
             up: Vec::new(),
-            missed: None,
             queue: VecDeque::new(),
             numbered,
             arrived: VecDeque::new(),
@@ -222,16 +219,13 @@ impl Links {
                     // Something may have come with the preamble.
                     self.take_in(self.up.len() - 1)?;
                 }
-                Err(failure) => self.missed = Some(failure),
+                Err(failure) if self.up.is_empty() && self.coming.is_empty() => {
+                    return Err(failure);
+                }
+                Err(_) => {}
             }
         }
-        match self.missed.take() {
-            Some(failure) if self.up.is_empty() && self.coming.is_empty() => Err(failure),
-            missed => {
-                self.missed = missed;
-                Ok(self.coming.len() < before)
-            }
-        }
+        Ok(self.coming.len() < before)
     }
 
     /// Gives each link what it can use, the least busy first.

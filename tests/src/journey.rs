@@ -19,6 +19,15 @@ pub enum Journey {
 }
 
 impl Journey {
+    /// Every way.
+    pub const ALL: [Self; 5] = [
+        Self::Direct,
+        Self::Relay,
+        Self::Push,
+        Self::Pull,
+        Self::Local,
+    ];
+
     /// The source as an argument.
     #[must_use]
     pub fn source(self, path: &Path) -> OsString {

@@ -251,13 +251,7 @@ fn a_read_only_file_system_takes_no_copy() {
     let before = fs::read(&existing).unwrap();
     for to in [lab.mounts()[0].join("fresh"), existing.clone()] {
         // The agents may still look for each other when one of them finds it out.
-        for by in [
-            Journey::Direct,
-            Journey::Relay,
-            Journey::Push,
-            Journey::Pull,
-            Journey::Local,
-        ] {
+        for by in Journey::ALL {
             let run = lab.disk("sync", by, &source, &to, &[]);
             let message = run.expect_failure(1, &["io"], text(&to));
             assert!(message.to_lowercase().contains("read-only"), "{message}");

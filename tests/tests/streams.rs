@@ -1,6 +1,9 @@
 //! `--streams`: one disk over several data connections.
 
-use std::path::PathBuf;
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvm_clone_tests::image::{self, MIB, Piece};
@@ -14,6 +17,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 fn connections(lab: &Lab) -> Vec<PathBuf> {
     let is_attach = |process: &PathBuf| arguments(process).iter().any(|word| word == b"attach");
     lab.b.agents().into_iter().filter(is_attach).collect()
+}
+
+/// The space that what lies beside a copy takes: the file that is to become it.
+fn allocated_beside(copy: &Path) -> u64 {
+    let name = copy.file_name().unwrap().to_string_lossy();
+    let beside = copy.with_file_name(format!(".{name}.kc-new"));
+    beside.metadata().map_or(0, |found| found.blocks() * 512)
 }
 
 #[test]
@@ -30,13 +40,7 @@ fn several_connections_carry_a_first_copy_and_what_differs_later() {
         Piece::Hole(19 * MIB),
         Piece::Random(2, 4 * MIB + 4097),
     ];
-    for by in [
-        Journey::Direct,
-        Journey::Relay,
-        Journey::Push,
-        Journey::Pull,
-        Journey::Local,
-    ] {
+    for by in Journey::ALL {
         let copy = lab.path(format!("copy-{by:?}"));
         for pieces in [&old, &new] {
             image::write(&source, pieces);
@@ -58,8 +62,9 @@ fn each_stream_has_a_connection_and_a_run_that_loses_one_is_taken_up() {
             let found = connections(&lab);
             (found.len() == 3).then_some(found)
         });
-        // The limit is that of all three together.
-        std::thread::sleep(Duration::from_secs(2));
+        wait_for("a part of the copy", PATIENCE, || {
+            (allocated_beside(&copy) >= 12 * MIB).then_some(())
+        });
         kill(&all[2]);
         let run = running.wait();
         run.expect_failure(6, &["interrupted"], "");

@@ -10,14 +10,6 @@ use kvm_clone_tests::image::{self, BLOCK, MIB, Piece};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::Lab;
 
-const JOURNEYS: [Journey; 5] = [
-    Journey::Direct,
-    Journey::Relay,
-    Journey::Push,
-    Journey::Pull,
-    Journey::Local,
-];
-
 /// What changes when a file is written to.
 fn state(path: &Path) -> (u64, i64, i64, u64) {
     let metadata = fs::metadata(path).unwrap();
@@ -49,7 +41,7 @@ fn equal_disks_verify_although_their_holes_are_elsewhere() {
             Piece::Hole(MIB + 3),
         ],
     );
-    for by in JOURNEYS {
+    for by in Journey::ALL {
         let run = lab.disk("verify", by, &one, &other, &[]);
         assert_eq!(run.expect_json()["success"], true, "{run}");
     }
@@ -69,7 +61,7 @@ fn disks_that_differ_are_a_mismatch_that_names_the_first_block_that_differs() {
     image::write(&one, &data(1));
     image::write(&other, &data(2));
     let offset = image::difference(&one, &other).first.unwrap() / BLOCK * BLOCK;
-    for by in JOURNEYS {
+    for by in Journey::ALL {
         let before = state(&other);
         let run = lab.disk("verify", by, &one, &other, &[]);
         let message = run.expect_failure(7, &["mismatch"], "");
@@ -125,7 +117,7 @@ fn a_diff_counts_what_a_sync_would_ship_and_writes_nothing() {
     image::write(&to, &[Piece::Random(1, 3 * MIB), Piece::Random(2, 2 * MIB)]);
     let expected = image::difference(&from, &to);
     let before = state(&to);
-    for by in JOURNEYS {
+    for by in Journey::ALL {
         let run = lab.disk("diff", by, &from, &to, &[]);
         let result = run.expect_json();
         let number = |field: &str| result[field].as_u64();
@@ -147,7 +139,7 @@ fn a_dry_run_of_a_sync_writes_nothing() {
     let before = state(&to);
     let entries = || fs::read_dir(lab.path("")).unwrap().count();
     let names = entries();
-    for by in JOURNEYS {
+    for by in Journey::ALL {
         for destination in [&to, &missing] {
             let run = lab.disk("sync", by, &from, destination, &["--dry-run"]);
             let result = run.expect_json();

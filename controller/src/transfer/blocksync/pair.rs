@@ -93,23 +93,8 @@ impl Pair {
         disk: Option<u32>,
         request: &M,
     ) -> Result<Control> {
-        self.side(side).send(request).await?;
-        loop {
-            let said = self.side(side).next().await?;
-            let about = self.about(&said)?;
-            match said {
-                Control::Failed(failed) if failed.disk.is_none() || failed.disk == disk => {
-                    return Err(on(self.side(side), failed));
-                }
-                // Before the answer there is nothing else to say of a disk that is asked about.
-                Control::Progress(_) | Control::Ended(_) if about == disk => return Ok(said),
-                Control::Progress(_)
-                | Control::Ended(_)
-                | Control::Warning(_)
-                | Control::Failed(_) => self.keep(side, said)?,
-                answer => return Ok(answer),
-            }
-        }
+        self.tell(side, request).await?;
+        self.hear(side, |said| answers(said, disk)).await
     }
 
     /// Asks one side without waiting for the [answer](Self::answer).
@@ -124,33 +109,35 @@ impl Pair {
     /// the first that `is_it`. What it says of other things is kept, the other answers as well.
     ///
     /// # Errors
-    /// The failure that it answers with, of `disk` where that is the case, or its connection's.
+    /// The failure that it answers with, or its connection's.
     pub(super) async fn answer(
         &mut self,
         side: Side,
-        disk: Option<u32>,
         is_it: impl Fn(&Control) -> bool,
     ) -> Result<Control> {
-        let settles = |said: &Control| match said {
-            Control::Failed(failed) => failed.disk.is_none() || failed.disk == disk,
-            said => is_it(said),
-        };
-        let kept = |(from, said): &(Side, Control)| *from == side && settles(said);
-        let said = match self.kept.iter().position(kept) {
-            Some(at) => self.kept.remove(at).map(|(_, said)| said),
-            None => None,
-        };
-        let said = match said {
-            Some(said) => said,
-            None => loop {
-                let said = self.side(side).next().await?;
-                self.about(&said)?;
-                if settles(&said) {
-                    break said;
-                }
-                self.keep(side, said)?;
-            },
-        };
+        let kept = |(from, said): &(Side, Control)| *from == side && is_it(said);
+        match self.kept.iter().position(kept) {
+            Some(at) => {
+                let (_, said) = self.kept.remove(at).expect("it was found there");
+                self.unless_failed(side, said)
+            }
+            None => self.hear(side, is_it).await,
+        }
+    }
+
+    /// Listens to a side until it says what `is_it`, and keeps what it says before.
+    async fn hear(&mut self, side: Side, is_it: impl Fn(&Control) -> bool) -> Result<Control> {
+        loop {
+            let said = self.side(side).next().await?;
+            self.about(&said)?;
+            if is_it(&said) {
+                return self.unless_failed(side, said);
+            }
+            self.keep(side, said)?;
+        }
+    }
+
+    fn unless_failed(&mut self, side: Side, said: Control) -> Result<Control> {
         match said {
             Control::Failed(failed) => Err(on(self.side(side), failed)),
             said => Ok(said),
@@ -293,12 +280,16 @@ fn on(agent: &AgentConnection, failed: Failed) -> Error {
     }
 }
 
-/// Whether it answers something, rather than telling what goes on.
-pub(super) fn is_answer(said: &Control) -> bool {
-    !matches!(
-        said,
-        Control::Progress(_) | Control::Ended(_) | Control::Warning(_) | Control::Failed(_)
-    )
+/// Whether it answers what was asked, about a disk where that is the case. Before the answer there
+/// is nothing else to say of a disk that is asked about.
+pub(super) fn answers(said: &Control, disk: Option<u32>) -> bool {
+    match said {
+        Control::Failed(failed) => failed.disk.is_none() || failed.disk == disk,
+        Control::Progress(progress) => Some(progress.disk) == disk,
+        Control::Ended(ended) => Some(ended.disk) == disk,
+        Control::Warning(_) => false,
+        _ => true,
+    }
 }
 
 /// An answer that is none to what was asked.

@@ -14,7 +14,7 @@ use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Token};
 use kvm_clone_protocol::preamble::Versions;
 use kvm_clone_protocol::sync::MAX_STREAMS;
 
-use super::pair::{Pair, Side, is_answer, unexpected};
+use super::pair::{Pair, Side, answers, unexpected};
 use super::relay::Relay;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::Attach;
@@ -97,8 +97,8 @@ pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Resu
     let (mut reached, mut missed) = (false, None);
     for _ in links.clone() {
         // The disk may be heard of already.
-        let is_it = |said: &Control| is_answer(said) && !matches!(said, Control::Started(_));
-        match in_time(pair.answer(dialing, None, is_it)).await {
+        let is_it = |said: &Control| answers(said, None) && !matches!(said, Control::Started(_));
+        match in_time(pair.answer(dialing, is_it)).await {
             Ok(Control::Dialed(dialed)) if links.contains(&dialed.link) => reached = true,
             Ok(answer) => {
                 let error = unexpected("dial", &answer);

@@ -10,7 +10,7 @@ use kvm_clone_protocol::message::{
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, MAX_DISK_SIZE};
 
-use super::pair::{Pair, Side, is_answer, unexpected};
+use super::pair::{Pair, Side, answers, unexpected};
 use super::route::{self, Connection, Unreached};
 use super::{Disks, number};
 use crate::error::{Error, ErrorCode, Result};
@@ -164,13 +164,8 @@ impl<'a, 'b> Sessions<'a, 'b> {
     /// Waits until a side has started.
     async fn started(&mut self, at: usize, side: Side) -> Result<()> {
         let disk = number(at);
-        let is_it = |said: &Control| match said {
-            // Before the answer there is nothing else to say of the disk.
-            Control::Progress(progress) => progress.disk == disk,
-            Control::Ended(ended) => ended.disk == disk,
-            said => is_answer(said),
-        };
-        match self.pair.answer(side, Some(disk), is_it).await? {
+        let is_it = |said: &Control| answers(said, Some(disk));
+        match self.pair.answer(side, is_it).await? {
             Control::Started(started) if started.disk == disk => {
                 self.begun(at, side, &started);
                 Ok(())

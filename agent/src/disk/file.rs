@@ -102,32 +102,6 @@ impl DiskFile {
         })
     }
 
-    /// Reads what is in the page cache already. False unless all of it is, or where the file system
-    /// does not tell.
-    pub(super) fn read_cached_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
-        let Ok(offset) = libc::off_t::try_from(offset) else {
-            return Ok(false);
-        };
-        let read = call_with(Op::Read, &self.file, bytes.len(), |len| {
-            let part = libc::iovec {
-                iov_base: bytes.as_mut_ptr().cast(),
-                iov_len: len,
-            };
-            let (fd, flags) = (self.file.as_raw_fd(), libc::RWF_NOWAIT);
-            // SAFETY: the descriptor is open, and `part` is memory that is borrowed for as long as
-            // the kernel writes to it.
-            match unsafe { libc::preadv2(fd, &raw const part, 1, offset, flags) } {
-                -1 => Err(io::Error::last_os_error()),
-                read => Ok(read.unsigned_abs()),
-            }
-        });
-        match read {
-            Ok(read) => Ok(read == bytes.len()),
-            Err(error) if is_uncached(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Reads until `bytes` is full or the end is reached; returns how many were there.
     pub(super) fn read_full_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut filled = 0;
@@ -214,11 +188,4 @@ impl AsRawFd for DiskFile {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.file.as_raw_fd()
     }
-}
-
-/// Whether a read that must not wait would have to, or cannot be asked for here.
-fn is_uncached(error: &io::Error) -> bool {
-    use io::ErrorKind::{InvalidInput, Unsupported, WouldBlock};
-
-    matches!(error.kind(), WouldBlock | Unsupported | InvalidInput)
 }

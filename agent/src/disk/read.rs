@@ -86,45 +86,16 @@ impl Image {
         while first < run.end() {
             let count = admit(run.end() - first);
             let part = BlockRun { first, count };
-            self.read_part(part, geometry, buffer, missing, &mut each)?;
+            let cold = self.warm_up(geometry.byte_range(part));
+            for index in first..part.end() {
+                let block = &mut buffer[..geometry.block_len(index)];
+                self.read_block(block, index * BLOCK_SIZE, missing)?;
+                each(index, block)?;
+            }
+            self.cool_down(cold);
             first = part.end();
         }
         Ok(())
-    }
-
-    /// The same for blocks that may be read now.
-    fn read_part(
-        &self,
-        run: BlockRun,
-        geometry: Geometry,
-        buffer: &mut [u8; BLOCK_LEN],
-        missing: Missing,
-        each: &mut impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
-        let mut cold = None;
-        let mut is_cached = true;
-        for index in run.first..run.end() {
-            let (block, at) = (&mut buffer[..geometry.block_len(index)], index * BLOCK_SIZE);
-            if is_cached && !self.read_cached(block, at)? {
-                is_cached = false;
-                cold = self.warm_up(geometry.byte_range(BlockRun {
-                    first: index,
-                    count: run.end() - index,
-                }));
-            }
-            if !is_cached {
-                self.read_block(block, at, missing)?;
-            }
-            each(index, block)?;
-        }
-        self.cool_down(cold);
-        Ok(())
-    }
-
-    /// Reads a block if all of it is in the page cache: then nobody has to look what else is.
-    fn read_cached(&self, block: &mut [u8], at: u64) -> Result<bool, Failure> {
-        let read = self.file.read_cached_at(block, at);
-        read.map_err(|error| self.failed_at("reading", at, &error))
     }
 
     pub(super) fn read_block(

@@ -7,6 +7,7 @@
 //! Everything here may block, and is called on threads that may.
 
 use std::ffi::OsStr;
+use std::fmt::Display;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +21,7 @@ use kvm_clone_protocol::message::{
 use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
 
-use crate::disk::{self, Destination, Disk, Image, Kept, Run, Stamp, Target, Version};
+use crate::disk::{self, Destination, Disk, Image, Kept, Run, Sent, Stamp, Target, Version};
 use crate::failure::Failure;
 use crate::session::Session;
 
@@ -75,13 +76,16 @@ pub(crate) struct Keeping {
     image: Arc<Image>,
     kept: Arc<Kept>,
     stamp: Stamp,
+    /// What the next run may find beside digests.
+    sent: Sent,
 }
 
 impl Keeping {
     /// The session has ended well.
     pub(crate) fn record(&self) {
-        let now = self.image.stamp();
-        self.kept.record(now.filter(|now| *now == self.stamp));
+        // What was copied ahead of all reading was read, if it has been the same throughout.
+        let now = self.image.stamp().filter(|now| *now == self.stamp);
+        self.kept.record(now, now.and_then(|_| self.sent.keep()));
     }
 }
 
@@ -167,7 +171,7 @@ impl Slot {
             hash: params.hash,
             seed: params.seed,
         };
-        let keeping = self.keeping(start, keeps, geometry);
+        let keeping = self.keeping(start, keeps, geometry, &mut warnings);
         let disk = match &mut self.target {
             Target::Readable(image) => Some(Arc::new(Disk::of(Arc::clone(image)))),
             Target::Destination(destination) if params.ship => {
@@ -190,7 +194,7 @@ impl Slot {
                 self.kept = destination.keep(keeps, geometry, believed).map(Arc::new);
                 started.apply = Some(begun.apply);
                 started.resumed = begun.resumed;
-                warnings = begun.warnings;
+                warnings.extend(begun.warnings);
                 Some(begun.disk)
             }
             Target::Destination(destination) => destination
@@ -222,17 +226,41 @@ impl Slot {
     }
 
     /// Nothing is kept of a source that others may write to, or that is only looked at.
-    fn keeping(&self, start: &Start, keeps: Keeps, geometry: Geometry) -> Option<Keeping> {
-        let (Target::Readable(image), Access::Source, true) =
-            (&self.target, self.access, start.params.ship)
-        else {
+    fn keeping(
+        &self,
+        start: &Start,
+        keeps: Keeps,
+        geometry: Geometry,
+        warnings: &mut Vec<String>,
+    ) -> Option<Keeping> {
+        let (Target::Readable(image), true) = (&self.target, start.params.ship) else {
             return None;
         };
-        let (kept, stamp) = image.keep(keeps, geometry, !start.full_scan)?;
+        let mut without = |why: &dyn Display| {
+            if start.keep_sent.is_some() {
+                let what = image.path().display();
+                warnings.push(format!("no copy of {what} is kept for the next run: {why}"));
+            }
+        };
+        if self.access != Access::Source {
+            without(&"it is in use");
+            return None;
+        }
+        let Some((kept, stamp)) = image.keep(keeps, geometry, !start.full_scan) else {
+            without(&"it was written to in the last seconds, or nothing tells its versions apart");
+            return None;
+        };
+        let sent = kept
+            .leave(image, start.keep_sent)
+            .unwrap_or_else(|failure| {
+                without(&failure);
+                Sent::None
+            });
         Some(Keeping {
             image: Arc::clone(image),
             kept: Arc::new(kept),
             stamp,
+            sent,
         })
     }
 
@@ -280,7 +308,7 @@ impl Slot {
     /// The new version counts, and so do its digests.
     pub(crate) fn committed(&self) {
         if let (Target::Destination(destination), Some(kept)) = (&self.target, &self.kept) {
-            kept.record(destination.committed());
+            kept.record(destination.committed(), None);
         }
     }
 

@@ -239,6 +239,7 @@ fn a_session_needs_an_open_disk_and_a_link() {
         apply: ApplyChoice::Inplace,
         stage_dir: Vec::new(),
         full_scan: false,
+        keep_sent: None,
         nice: false,
         read_limit: 0,
     };

@@ -381,6 +381,9 @@ pub struct Start {
     pub stage_dir: Vec<u8>,
     /// The disk is read even where kept digests say what it holds.
     pub full_scan: bool,
+    /// The sender keeps a reflink copy of its disk, by which the next run knows what was written
+    /// since, where its file system keeps so many bytes free whatever is written; `None`: none stays.
+    pub keep_sent: Option<u64>,
     /// From now on this agent leaves processor and disks to others first, for all of its disks.
     pub nice: bool,
     /// Bytes a second that this agent may read from all of its disks together; zero for no limit.

@@ -276,10 +276,11 @@ fn start() -> Pin {
             apply: ApplyChoice::Staged,
             stage_dir: b"/s".to_vec(),
             full_scan: true,
+            keep_sent: Some(128),
             nice: true,
             read_limit: 2_000_000,
         },
-        "38000000 09 00 3800  # 56 bytes, Start
+        "3b000000 09 00 3b00  # 59 bytes, Start
          03      # disk
          02      # link
          01      # links
@@ -295,6 +296,7 @@ fn start() -> Pin {
          02      # apply: Staged
          02 2f73 # stage_dir: 2 bytes
          01      # full_scan: yes
+         01 8001 # keep_sent: 128 bytes stay free
          01      # nice: yes
          80897a  # read_limit: 2000000"
     )
@@ -761,6 +763,7 @@ fn the_choices_have_their_numbers() {
         apply: ApplyChoice::Auto,
         stage_dir: Vec::new(),
         full_scan: false,
+        keep_sent: None,
         nice: false,
         read_limit: 0,
     };
@@ -808,6 +811,7 @@ fn the_ways_to_apply_have_their_numbers() {
         apply,
         stage_dir: Vec::new(),
         full_scan: false,
+        keep_sent: None,
         nice: false,
         read_limit: 0,
     };

@@ -59,6 +59,7 @@ fn begin(ground: &Confined, caller: &mut Caller, disk: u32, path: &str) -> bool 
         apply: ApplyChoice::Auto,
         stage_dir: Vec::new(),
         full_scan: false,
+        keep_sent: None,
         nice: false,
         read_limit: 0,
     };

@@ -21,7 +21,6 @@ use kvm_clone_protocol::message::{
     Access, Apply, ApplyChoice, DiskKind, FailureCode, Keeps, Opened,
 };
 use kvm_clone_protocol::units::Geometry;
-use nix::libc;
 use nix::unistd::geteuid;
 
 use super::confinement::{self, reach};
@@ -33,7 +32,7 @@ use super::names::{Names, remove};
 use super::overlay::{Overlay, check_reservable};
 use super::run::Run;
 use super::stamp::Stamp;
-use super::{Disk, attributes, describe, found, metadata, open_image, recover};
+use super::{Disk, describe, found, metadata, open_image, recover, reflink};
 use crate::failure::Failure;
 
 /// A destination that this process holds.
@@ -134,7 +133,7 @@ impl Destination {
         if self.is_device() {
             return None;
         }
-        Kept::open(&self.names.path, keeps, geometry, now)
+        Kept::open(&self.names.path, keeps, geometry, now, None)
     }
 
     fn is_device(&self) -> bool {
@@ -310,7 +309,8 @@ impl Destination {
             Some(left) => left,
             None => {
                 // Where none can be made, what waits from an earlier run is of use.
-                let file = self.make_clone(base)?;
+                let file =
+                    reflink::copy(base, self.names.directory(), "--apply staged does without")?;
                 self.start_over(base, before)?;
                 let header = Header {
                     torn: before.torn,
@@ -330,39 +330,6 @@ impl Destination {
             journal: Some(Arc::new(journal)),
             resumed,
         })
-    }
-
-    /// A file without a name that shares all blocks with the old version.
-    fn make_clone(&self, base: &Image) -> Result<DiskFile, Failure> {
-        /// What file systems say that share no blocks, or not these.
-        const CANNOT: [i32; 6] = [
-            libc::EISDIR,
-            libc::EOPNOTSUPP,
-            libc::EINVAL,
-            libc::ENOTTY,
-            libc::EXDEV,
-            libc::ENOSYS,
-        ];
-        let cloned = DiskFile::create_nameless(self.names.directory()).and_then(|file| {
-            attributes::copy_nocow(&base.file, &file)?;
-            file.clone_from(&base.file)?;
-            Ok(file)
-        });
-        let error = match cloned {
-            Ok(file) => return Ok(file),
-            Err(error) => error,
-        };
-        if error
-            .raw_os_error()
-            .is_some_and(|code| CANNOT.contains(&code))
-        {
-            let message = format!(
-                "the file system of {} makes no reflink copies (--apply staged does without)",
-                base.path.display()
-            );
-            return Err(Failure::new(FailureCode::MissingRequirement, message));
-        }
-        Err(base.failed("making a reflink copy of", &error))
     }
 
     fn begin_staged(

@@ -4,7 +4,8 @@ use std::fs::Metadata;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kvm_clone_protocol::message::{Access, FailureCode, Identity, Keeps};
 
@@ -31,6 +32,11 @@ pub(crate) struct Image {
 }
 
 impl Image {
+    /// As the user named it.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Size in bytes.
     pub(crate) fn size(&self) -> Result<u64, Failure> {
         if self.is_device {
@@ -119,14 +125,20 @@ impl Image {
     /// Digests of a source that are kept from run to run, and what it is: where it has been left
     /// alone for a while.
     pub(crate) fn keep(
-        &self,
+        self: &Arc<Self>,
         keeps: Keeps,
         geometry: Geometry,
         believed: bool,
     ) -> Option<(Kept, Stamp)> {
         let stamp = (!self.is_device).then(|| Stamp::of_quiet(self.file.as_file()))??;
         let path = confinement::follow(&self.path).ok()?.canonical().ok()?;
-        let kept = Kept::open(&path, keeps, geometry, believed.then_some(stamp))?;
+        let kept = Kept::open(
+            &path,
+            keeps,
+            geometry,
+            believed.then_some(stamp),
+            Some(self),
+        )?;
         Some((kept, stamp))
     }
 

@@ -11,7 +11,8 @@
 //! The header holds the stamp of the version that they describe, or none: while a run changes them,
 //! and after one that did not end well. What is not known, or damaged, is read from the disk, so
 //! nothing here has to be there. A digest is a claim about the disk: what must hold for it to be
-//! believed is in `stamp.rs`.
+//! believed is in `stamp.rs`. Of a source that has another stamp now, those blocks are believed that
+//! a copy proves to be what they were: `sent.rs`.
 //!
 //! The seed of the digests belongs to a source and a destination: the destination's host
 //! remembers it, and the controller gives it to both.
@@ -21,7 +22,7 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN};
@@ -31,18 +32,21 @@ use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use nix::sys::statvfs::fstatvfs;
 use serde::{Deserialize, Serialize};
 
-use super::confinement::reach;
+use super::confinement::{only_reads, reach};
 use super::file::DiskFile;
+use super::image::Image;
 use super::kernel::entries;
-use super::names::remove;
+use super::names::{Names, remove};
+use super::sent::{Proof, Sent, check_room, is_still};
 use super::slots::{Format, Slots, checksum};
 use super::stamp::Stamp;
 use super::state;
 use super::write::punch;
+use crate::failure::Failure;
 
 const FORMAT: Format = Format {
     magic: *b"kc-kept\n",
-    version: 1,
+    version: 2,
     slot_len: 16 * 1024,
 };
 
@@ -78,6 +82,8 @@ pub(crate) struct Kept {
     header: Mutex<(Slots, Header)>,
     /// Blocks from the first on of which they tell what the disk held when the session began.
     believed: u64,
+    /// Why; of a proof only the blocks that it proves.
+    belief: Option<Belief>,
     /// Something went wrong: they are of no use.
     is_broken: AtomicBool,
     writes: AtomicU64,
@@ -91,7 +97,51 @@ struct Header {
     disk: PathBuf,
     keeps: Keeps,
     /// What they describe.
-    stamp: Option<Stamp>,
+    version: Option<Described>,
+}
+
+/// A version of a disk, and the copy that is kept of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Described {
+    stamp: Stamp,
+    sent: Option<Stamp>,
+}
+
+/// Why digests tell what the disk holds.
+#[derive(Debug)]
+enum Belief {
+    /// It is what they describe.
+    Same(Described),
+    /// Some of its blocks are.
+    Proven(Proof),
+}
+
+impl Belief {
+    fn new(header: &Header, now: Stamp, source: Option<&Arc<Image>>) -> Option<Self> {
+        let version = header.version?;
+        if version.stamp == now {
+            return Some(Self::Same(version));
+        }
+        if !now.is_of_same_file(&version.stamp) {
+            return None;
+        }
+        Proof::new(source?, &header.copy()?, &version.sent?).map(Self::Proven)
+    }
+
+    /// Bytes of the disk as they describe it.
+    fn size(&self) -> u64 {
+        match self {
+            Self::Same(version) => version.stamp.size(),
+            Self::Proven(proof) => proof.size(),
+        }
+    }
+}
+
+impl Header {
+    /// Where a copy of the disk lies, if there is one.
+    fn copy(&self) -> Option<PathBuf> {
+        Some(Names::of_file(&self.disk)?.sent(&pair(&self.keeps)))
+    }
 }
 
 impl Kept {
@@ -99,25 +149,27 @@ impl Kept {
     pub(crate) fn seed(disk: &Path) -> Option<Keeps> {
         let directory = state::existing(DIRECTORY).ok()??;
         let newest = of_disk(&directory, disk).pop()?;
-        let (_, header) = Slots::open::<Header>(&DiskFile::open(&newest.1).ok()?, FORMAT).ok()?;
+        let (_, header) = header(&newest.1)?;
         (header.disk == disk).then_some(header.keeps)
     }
 
     /// Those of `disk` under a seed for a session of this geometry, made where there are none. They
-    /// are believed if they describe what the disk is `now`. `None` where there is no place for
-    /// them, or another process has them: a run does without.
+    /// are believed if they describe what the disk is `now`, or, of a `source`, as far as a copy of
+    /// what they describe proves them. `None` where there is no place for them, or another process
+    /// has them: a run does without.
     pub(crate) fn open(
         disk: &Path,
         keeps: Keeps,
         geometry: Geometry,
         now: Option<Stamp>,
+        source: Option<&Arc<Image>>,
     ) -> Option<Self> {
         let directory = state::directory(DIRECTORY).ok()?;
         let path = directory.join(name(disk, &keeps));
         let header = Header {
             disk: disk.to_owned(),
             keeps,
-            stamp: None,
+            version: None,
         };
         let (file, slots, found) = match open_found(&path, &header) {
             Some(found) => found,
@@ -126,12 +178,17 @@ impl Kept {
                 make(&path, &header).ok()?
             }
         };
+        let found_of = |now| Belief::new(&found, now, source);
+        let belief = now.and_then(found_of);
+        let (believed, is_resized) = belief.as_ref().map_or((0, false), |belief| {
+            let size = belief.size();
+            (alike(size, geometry), size != geometry.size())
+        });
         let kept = Self {
             path,
             file,
-            believed: now
-                .filter(|_| found.stamp == now)
-                .map_or(0, |now| alike(now.size(), geometry)),
+            believed,
+            belief,
             header: Mutex::new((slots, found)),
             is_broken: AtomicBool::new(false),
             writes: AtomicU64::new(0),
@@ -139,7 +196,7 @@ impl Kept {
         };
         if kept.believed == 0 {
             kept.clear().ok()?;
-        } else if now.is_some_and(|now| now.size() != geometry.size()) {
+        } else if is_resized {
             kept.forget_from(kept.believed);
         }
         Some(kept)
@@ -159,6 +216,14 @@ impl Kept {
             if index >= self.believed {
                 *content = None;
             }
+        }
+        if let Some(Belief::Proven(proof)) = &self.belief
+            && contents.iter().any(Option::is_some)
+        {
+            let mut proven = proof.proven(run).into_iter();
+            contents.iter_mut().for_each(|content| {
+                *content = content.filter(|_| proven.next() == Some(true));
+            });
         }
         contents
     }
@@ -227,21 +292,59 @@ impl Kept {
         });
     }
 
-    /// From now on they describe the disk of this stamp. Without one they are of no use. What the
-    /// storage did not take would be forgotten with the page cache, so it is asked.
-    pub(crate) fn record(&self, stamp: Option<Stamp>) {
+    /// What this run is to leave for the next one beside digests: a copy of the source, where the
+    /// user wants one and the file system keeps so many bytes free.
+    ///
+    /// # Errors
+    /// [`Failure`]: then there is none.
+    pub(crate) fn leave(&self, image: &Image, min_free: Option<u64>) -> Result<Sent, Failure> {
+        let left = self.copy_of(image, min_free);
+        // What proves this run's blocks is open, and needs no name.
+        if !matches!(left, Ok(Sent::Old(_) | Sent::New { .. })) {
+            self.remove_copy();
+        }
+        left
+    }
+
+    fn copy_of(&self, image: &Image, min_free: Option<u64>) -> Result<Sent, Failure> {
+        let (Some(min_free), Some(path)) = (min_free, self.header().1.copy()) else {
+            return Ok(Sent::None);
+        };
+        let others = self.path.parent().into_iter().flat_map(copies);
+        check_room(image, others.filter(|other| *other != path), min_free)?;
+        match &self.belief {
+            Some(Belief::Same(Described {
+                sent: Some(stamp), ..
+            })) if is_still(&path, stamp) => Ok(Sent::Old(*stamp)),
+            _ => Sent::make(image, path),
+        }
+    }
+
+    fn remove_copy(&self) {
+        if let Some(path) = self.header().1.copy().filter(|_| !only_reads()) {
+            let _ = remove(&path);
+        }
+    }
+
+    /// From now on they describe the disk of this stamp, and the copy that is kept of it, if there is
+    /// one, has that. Without a stamp they are of no use. What the storage did not take would be
+    /// forgotten with the page cache, so it is asked.
+    pub(crate) fn record(&self, stamp: Option<Stamp>, sent: Option<Stamp>) {
+        let version = stamp.map(|stamp| Described { stamp, sent });
         let mut header = self.header();
-        if header.1.stamp.is_some() && header.1.stamp == stamp {
+        if version.is_some() && header.1.version == version {
             return;
         }
-        let recorded = match stamp {
+        let recorded = match version {
             Some(_) if !self.is_broken() => self
                 .file
                 .sync()
-                .and_then(|()| self.describe(&mut header, stamp)),
+                .and_then(|()| self.describe(&mut header, version)),
             _ => Err(io::ErrorKind::Other.into()),
         };
+        drop(header);
         if recorded.is_err() {
+            self.remove_copy();
             let _ = remove(&self.path);
         }
     }
@@ -284,11 +387,11 @@ impl Kept {
 
     /// Notes what they describe, unless that is what stands there. A stamp is of one boot, so that
     /// nothing here has to outlive a power cut.
-    fn describe(&self, header: &mut (Slots, Header), stamp: Option<Stamp>) -> io::Result<()> {
-        if header.1.stamp == stamp {
+    fn describe(&self, header: &mut (Slots, Header), version: Option<Described>) -> io::Result<()> {
+        if header.1.version == version {
             return Ok(());
         }
-        header.1.stamp = stamp;
+        header.1.version = version;
         header.0.write_for_this_boot(&self.file, &header.1)
     }
 
@@ -427,12 +530,16 @@ fn at(number: u64) -> u64 {
 
 /// `HASH OF THE DISK'S PATH-HASH OF THE SEED.digests`
 fn name(disk: &Path, keeps: &Keeps) -> String {
-    let pair = [&[keeps.hash as u8], &keeps.seed.0[..]].concat();
     format!(
         "{}-{}.{SUFFIX}",
         hex(disk.as_os_str().as_bytes()),
-        hex(&pair)
+        pair(keeps)
     )
+}
+
+/// What tells a source and a destination from others, in a name.
+fn pair(keeps: &Keeps) -> String {
+    hex(&[&[keeps.hash as u8], &keeps.seed.0[..]].concat())
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -485,27 +592,47 @@ fn make_room(directory: &Path, disk: &Path) {
     let of_disk = of_disk(directory, disk);
     let surplus = of_disk.len().saturating_sub(MAX_PAIRS - 1);
     for (_, path) in &of_disk[..surplus] {
-        let _ = remove(path);
+        forget(path);
     }
     for path in entries(directory) {
         let age = modified(&path).and_then(|modified| modified.elapsed().ok());
         if age.is_some_and(|age| age > FORGOTTEN_AFTER) || is_of_none(&path) {
-            let _ = remove(&path);
+            forget(&path);
         }
     }
 }
 
+/// Removes digests, and the copy that they belong to.
+fn forget(path: &Path) {
+    let copy = header(path).and_then(|(_, header)| header.copy());
+    if let Some(copy) = copy.filter(|_| !only_reads()) {
+        let _ = remove(&copy);
+    }
+    let _ = remove(path);
+}
+
 /// Whether the disk is gone, and no run is at it: one that is being made has no name yet.
 fn is_of_none(path: &Path) -> bool {
-    let Ok(file) = DiskFile::open(path) else {
-        return false;
-    };
-    let Ok((_, header)) = Slots::open::<Header>(&file, FORMAT) else {
+    let Some((file, header)) = header(path) else {
         return false;
     };
     let found = reach(&header.disk).and_then(|at| at.symlink_metadata());
     found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         && file.as_file().try_lock().is_ok()
+}
+
+fn header(path: &Path) -> Option<(DiskFile, Header)> {
+    let file = DiskFile::open(path).ok()?;
+    let (_, header) = Slots::open::<Header>(&file, FORMAT).ok()?;
+    Some((file, header))
+}
+
+/// Where copies of sources lie, if they are there.
+fn copies(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    entries(directory).filter_map(|path| {
+        let (_, header) = header(&path)?;
+        header.copy()
+    })
 }
 
 #[cfg(test)]
@@ -566,7 +693,7 @@ mod tests {
     }
 
     fn open(path: &Path, blocks: u64) -> Kept {
-        Kept::open(path, KEEPS, geometry(blocks), stamp(path)).unwrap()
+        Kept::open(path, KEEPS, geometry(blocks), stamp(path), None).unwrap()
     }
 
     fn all(kept: &Kept, count: u64) -> Vec<Option<Content>> {
@@ -583,7 +710,7 @@ mod tests {
         assert_eq!(all(&kept, 100), vec![None; 100]);
         kept.put(30, &[content(1), content(0), content(2)]);
         kept.put(99, &[content(3)]);
-        kept.record(stamp(&path));
+        kept.record(stamp(&path), None);
         drop(kept);
         assert_eq!(Kept::seed(&path), Some(KEEPS));
         let kept = open(&path, 100);
@@ -593,7 +720,7 @@ mod tests {
         assert_eq!(found[99], known(3));
 
         // Nobody else has them meanwhile.
-        assert!(Kept::open(&path, KEEPS, geometry(100), stamp(&path)).is_none());
+        assert!(Kept::open(&path, KEEPS, geometry(100), stamp(&path), None).is_none());
         kept.forget(BlockRun {
             first: 31,
             count: 69,
@@ -609,7 +736,7 @@ mod tests {
         };
         let kept = open(&path, 40);
         kept.put(0, &[content(1)]);
-        kept.record(stamp(&path));
+        kept.record(stamp(&path), None);
         drop(kept);
         let kept = open(&path, 40);
         kept.put(1, &[content(2)]);
@@ -624,14 +751,14 @@ mod tests {
         };
         let kept = open(&path, 100);
         kept.put(0, &vec![content(9); 100]);
-        kept.record(stamp(&path));
+        kept.record(stamp(&path), None);
         drop(kept);
         let smaller = Geometry::new(50 * BLOCK_SIZE + 7).unwrap();
-        let kept = Kept::open(&path, KEEPS, smaller, stamp(&path)).unwrap();
+        let kept = Kept::open(&path, KEEPS, smaller, stamp(&path), None).unwrap();
         let believed: Vec<_> = all(&kept, 51).iter().map(Option::is_some).collect();
         assert_eq!(believed, [vec![true; 50], vec![false]].concat());
         resize(&path, 100);
-        kept.record(stamp(&path));
+        kept.record(stamp(&path), None);
         drop(kept);
         let found = all(&open(&path, 100), 100);
         assert!(found[..50].iter().all(Option::is_some));
@@ -644,8 +771,8 @@ mod tests {
             return;
         };
         let (gone, coming) = (directory.path().join("gone"), directory.path().join("new"));
-        drop(Kept::open(&gone, KEEPS, geometry(4), None).unwrap());
-        let _coming = Kept::open(&coming, KEEPS, geometry(4), None).unwrap();
+        drop(Kept::open(&gone, KEEPS, geometry(4), None, None).unwrap());
+        let _coming = Kept::open(&coming, KEEPS, geometry(4), None, None).unwrap();
         drop(open(&path, 4));
         assert_eq!(Kept::seed(&gone), None);
         assert_eq!(Kept::seed(&coming), Some(KEEPS));

@@ -6,6 +6,8 @@
 //!  .NAME.kc-stage      changed blocks, each at its own place                (staged)
 //!  .NAME.kc-applying   the destination itself, while they are applied       (staged)
 //!  .NAME.kc-journal    what the run is doing: journal.rs; with .new, while it is being made
+//!
+//!  .NAME.kc-sent-PAIR  a source as it was sent to a destination: sent.rs; stays between runs
 //! ```
 //!
 //! Of a block device, whose directory is no place for files, stage and journal lie in the agent's
@@ -133,6 +135,11 @@ impl Names {
     /// A journal that is being made.
     pub(super) fn new_journal(&self) -> PathBuf {
         self.beside(".kc-journal.new")
+    }
+
+    /// A copy of what a source was when it was sent, for a source and a destination.
+    pub(super) fn sent(&self, pair: &str) -> PathBuf {
+        self.beside(&format!(".kc-sent-{pair}"))
     }
 
     /// Whether something of this name, in their directory, is one of them.

@@ -97,6 +97,21 @@ impl Stamp {
         None
     }
 
+    /// Whether both are of one file, whatever was done to it in between.
+    pub(super) fn is_of_same_file(&self, other: &Self) -> bool {
+        let file = |stamp: &Self| {
+            let Self {
+                boot,
+                file_system,
+                inode,
+                generation,
+                ..
+            } = *stamp;
+            (boot, file_system, inode, generation)
+        };
+        file(self) == file(other)
+    }
+
     /// Bytes of the file.
     pub(super) fn size(&self) -> u64 {
         self.size

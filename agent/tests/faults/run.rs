@@ -147,6 +147,7 @@ impl Source {
             apply: wish.apply,
             stage_dir: Vec::new(),
             full_scan: false,
+            keep_sent: None,
             nice: false,
             read_limit: 0,
         };

@@ -231,6 +231,21 @@ impl FromStr for Rate {
     }
 }
 
+/// Bytes; none, perhaps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space(pub u64);
+
+impl FromStr for Space {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text.parse::<ByteSize>() {
+            Ok(space) => Ok(Self(space.as_u64())),
+            Err(_) => Err(BadValue("expected bytes, such as 10G or 512MiB".to_owned())),
+        }
+    }
+}
+
 /// A time limit; not zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TimeLimit(pub Duration);
@@ -283,6 +298,16 @@ pub struct TransferArgs {
     /// Read both disks, also where they have not changed since their digests were kept
     #[arg(long)]
     pub full_scan: bool,
+    /// Keep a reflink copy of what was sent beside each source disk, so that the next run reads only
+    /// what was written since; where MIN_FREE bytes stay free whatever is written [default: 10G]
+    #[arg(
+        long,
+        value_name = "MIN_FREE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "10G"
+    )]
+    pub keep_sent: Option<Space>,
     /// How to check the result: streamed (both ends' root digests must agree) or reread (and the
     /// destination is read once more, past the page cache) [default: streamed]
     #[arg(long, value_name = "none|streamed|reread")]
@@ -337,6 +362,7 @@ impl TransferArgs {
                 .map_or(default.apply, |choice| choice.0),
             stage_dir: self.stage_dir.clone(),
             full_scan: self.full_scan,
+            keep_sent: self.keep_sent.map(|space| space.0),
             verify: self.verify.unwrap_or(default.verify),
             ..self.compare.resolve(config)
         };

@@ -160,6 +160,9 @@ pub struct Options {
     pub stage_dir: Option<PathBuf>,
     /// Both disks are read, whatever digests of them were kept.
     pub full_scan: bool,
+    /// A reflink copy of each source stays on its host until the next run, if its file system keeps
+    /// so many bytes free whatever is written.
+    pub keep_sent: Option<u64>,
     /// What the result claims.
     pub verify: Verification,
     /// Bytes a second; `None` for no limit.
@@ -173,8 +176,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Refuses what spares a host's guests and is beyond a method: nothing of that is left out in
-    /// silence.
+    /// Refuses what spares a host's guests or leaves something there, and is beyond a method: nothing
+    /// of that is left out in silence.
     ///
     /// # Errors
     /// Usage, which names the methods that can.
@@ -183,6 +186,9 @@ impl Options {
         let (what, can) = match method {
             _ if by_programs && self.read_limit.is_some() => {
                 ("keep --read-limit", "--method blocksync can")
+            }
+            _ if by_programs && self.keep_sent.is_some() => {
+                ("--keep-sent", "--method blocksync can")
             }
             // sftp at the other end is sshd's.
             MethodChoice::Libvirt if self.nice => (
@@ -208,6 +214,7 @@ impl Default for Options {
             apply: ApplyChoice::Auto,
             stage_dir: None,
             full_scan: false,
+            keep_sent: None,
             verify: Verification::Streamed,
             bandwidth_limit: None,
             nice: false,

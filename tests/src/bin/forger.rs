@@ -332,6 +332,7 @@ fn forged_control(neighbour: &str, params: &SessionParams) -> Vec<Frame> {
             apply: ApplyChoice::Inplace,
             stage_dir: Vec::new(),
             full_scan: false,
+            keep_sent: None,
             nice: false,
             read_limit: 0,
         }),

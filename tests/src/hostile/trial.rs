@@ -63,6 +63,7 @@ pub fn start(disk: u32, role: Role, params: SessionParams, apply: ApplyChoice) -
         apply,
         stage_dir: Vec::new(),
         full_scan: false,
+        keep_sent: None,
         nice: false,
         read_limit: 0,
     }

@@ -380,6 +380,10 @@ fn start(
         apply: options.apply,
         stage_dir: stage_dir.map_or_else(Vec::new, |path| path.as_os_str().as_bytes().to_vec()),
         full_scan: options.full_scan,
+        keep_sent: match role {
+            Role::Sender => options.keep_sent,
+            Role::Receiver => None,
+        },
         nice: options.nice,
         read_limit: options.read_limit.unwrap_or(0),
     }

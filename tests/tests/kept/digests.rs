@@ -1,100 +1,20 @@
-//! Digests that are kept from one run to the next: what did not change is not read again, and
-//! nothing that did change is taken for what it was.
-//!
-//! Every sync here is checked against the disks: what it counts as changed is what differed before
-//! it, and afterwards both are equal (`Lab::sync`).
+//! Disks that are told by their stamps.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-use std::fs::{self, File, FileTimes};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use kvm_clone_tests::host::Host;
-use kvm_clone_tests::image::{self, BLOCK, MIB, Piece};
+use kvm_clone_tests::image::{self, BLOCK, MIB};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
-use kvm_clone_tests::outcome::Outcome;
-use kvm_clone_tests::process::{tool, wait_for};
+use kvm_clone_tests::process::wait_for;
 use nix::sys::signal::Signal;
 
-/// A source is believed to be what it was once it has been left alone for so long.
-const AGE: Duration = Duration::from_secs(2);
-
-/// A disk on hvA and its copy on hvB.
-struct Pair<'a> {
-    lab: &'a Lab,
-    by: Journey,
-    from: PathBuf,
-    to: PathBuf,
-    options: &'a [&'a str],
-}
-
-impl<'a> Pair<'a> {
-    /// Synced once, so that both hosts keep digests.
-    fn new(lab: &'a Lab, by: Journey, name: &str, options: &'a [&'a str]) -> Self {
-        let directory = match lab.mounts().first() {
-            Some(mount) => mount.path().to_owned(),
-            None => lab.path(""),
-        };
-        let pair = Self {
-            lab,
-            by,
-            from: directory.join(format!("{name}-source")),
-            to: directory.join(format!("{name}-copy")),
-            options,
-        };
-        let data = [
-            Piece::Random(3, 9 * MIB),
-            Piece::Hole(5 * MIB),
-            Piece::Random(4, 2 * MIB + 5),
-        ];
-        image::write(&pair.from, &data);
-        rest(&pair.from);
-        lab.sync(by, &pair.from, &pair.to, &[]);
-        pair
-    }
-
-    fn sync(&self) -> Outcome {
-        self.lab.sync(self.by, &self.from, &self.to, self.options)
-    }
-
-    /// A sync that reads neither disk.
-    fn is_proven(&self) {
-        let outcome = self.sync();
-        assert_eq!(read(&outcome), [0, 0], "{}", outcome.run);
-        let data = [&self.from, &self.to].map(|disk| image::data_bytes(disk));
-        let whole = trusted(&outcome)
-            .iter()
-            .zip(data)
-            .all(|(bytes, data)| *bytes >= data);
-        assert!(whole, "{data:?} {}", outcome.run);
-    }
-}
-
-/// Bytes read from both disks.
-fn read(outcome: &Outcome) -> [u64; 2] {
-    ["bytes_read_source", "bytes_read_destination"].map(|field| outcome.number(field))
-}
-
-/// Bytes of both disks that were not read.
-fn trusted(outcome: &Outcome) -> [u64; 2] {
-    ["bytes_trusted_source", "bytes_trusted_destination"].map(|field| outcome.number(field))
-}
-
-/// Waits until a file has been left alone for long enough.
-fn rest(path: &Path) {
-    wait_for("an old change time", Duration::from_secs(30), || {
-        let found = fs::metadata(path).unwrap();
-        let changed = Duration::new(found.ctime().try_into().unwrap(), 0);
-        let age = SystemTime::now()
-            .duration_since(UNIX_EPOCH + changed)
-            .ok()?;
-        (age > AGE + Duration::from_secs(1)).then_some(())
-    });
-}
+use crate::pair::{Pair, read, rest, trusted};
+use crate::tricks::TRICKS;
 
 fn what_did_not_change_is_not_read(kind: Kind, by: Journey, options: &[&str]) {
     let Some(spec) = LabSpec::new() else { return };
@@ -145,88 +65,6 @@ fn what_did_not_change_is_not_read_when_it_is_written_in_place() {
     what_did_not_change_is_not_read(Kind::Btrfs, Journey::Direct, &["--apply", "inplace"]);
 }
 
-/// Changes a block of a disk in a way that is not seen by size and time of modification.
-type Trick = (&'static str, fn(&Path));
-
-/// Changes a byte in the middle of a file.
-fn overwrite(path: &Path) {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, 3 * MIB + 77).unwrap();
-    file.write_all_at(&[byte[0].wrapping_add(1)], 3 * MIB + 77)
-        .unwrap();
-}
-
-/// A changed copy, with the times of the original.
-fn changed_copy(path: &Path) -> PathBuf {
-    let copy = path.with_extension("another");
-    fs::copy(path, &copy).unwrap();
-    overwrite(&copy);
-    set_modified(&copy, fs::metadata(path).unwrap().modified().unwrap());
-    copy
-}
-
-fn set_modified(path: &Path, modified: SystemTime) {
-    let times = FileTimes::new()
-        .set_modified(modified)
-        .set_accessed(modified);
-    File::options()
-        .write(true)
-        .open(path)
-        .unwrap()
-        .set_times(times)
-        .unwrap();
-}
-
-const TRICKS: [Trick; 6] = [
-    ("the time is set back", |path| {
-        let modified = fs::metadata(path).unwrap().modified().unwrap();
-        overwrite(path);
-        set_modified(path, modified);
-    }),
-    ("another file takes the name", |path| {
-        fs::rename(changed_copy(path), path).unwrap();
-    }),
-    ("it is restored in place, with its times", |path| {
-        let copy = changed_copy(path);
-        tool(
-            "cp",
-            [
-                "--preserve=all".as_ref(),
-                copy.as_os_str(),
-                path.as_os_str(),
-            ],
-        );
-        fs::remove_file(copy).unwrap();
-    }),
-    ("it is written under another name", |path| {
-        let modified = fs::metadata(path).unwrap().modified().unwrap();
-        let name = path.with_extension("name");
-        fs::hard_link(path, &name).unwrap();
-        overwrite(&name);
-        fs::remove_file(&name).unwrap();
-        set_modified(path, modified);
-    }),
-    ("it is written through a memory map", |path| {
-        let modified = fs::metadata(path).unwrap().modified().unwrap();
-        let script = "import mmap,sys; f=open(sys.argv[1],'r+b'); m=mmap.mmap(f.fileno(),0); \
-                      m[3<<20]^=1; m.flush()";
-        tool(
-            "python3",
-            ["-c".as_ref(), script.as_ref(), path.as_os_str()],
-        );
-        set_modified(path, modified);
-    }),
-    ("it is made anew, and has the same inode", |path| {
-        let modified = fs::metadata(path).unwrap().modified().unwrap();
-        let mut contents = fs::read(path).unwrap();
-        contents[5 << 20] ^= 1;
-        fs::remove_file(path).unwrap();
-        fs::write(path, contents).unwrap();
-        set_modified(path, modified);
-    }),
-];
-
 #[test]
 fn a_source_that_changed_in_secret_is_read() {
     let Some(lab) = Lab::start() else { return };
@@ -265,12 +103,7 @@ fn a_destination_that_changed_in_secret_is_read() {
 fn a_full_scan_believes_nothing() {
     let Some(lab) = Lab::start() else { return };
     let pair = Pair::new(&lab, Journey::Direct, "disk", &[]);
-    let full = Pair {
-        options: &["--full-scan"],
-        from: pair.from.clone(),
-        to: pair.to.clone(),
-        ..pair
-    };
+    let full = pair.with(&["--full-scan"]);
     let data = image::data_bytes(&full.from);
     let outcome = full.sync();
     let whole = read(&outcome).map(|bytes| bytes >= data);

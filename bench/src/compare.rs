@@ -84,7 +84,7 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> Result<Report> {
         !options.cold || nix::unistd::geteuid().is_root(),
         "--cold needs root"
     );
-    let (tools, absent) = tool::select(&options.tools)?;
+    let (tools, absent) = tool::select(&options.tools, setup.xfs)?;
     let layout = Layout::new(options.size, options.data_share)?;
     // The destination may lose its holes.
     check_space(&setup.dir, layout, layout.size())?;
@@ -105,9 +105,10 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> Result<Report> {
         }
     }
     let caption = format!(
-        "Image of {} with {} of data; {} cache; median of {}.",
+        "Image of {} with {} of data{}; {} cache; median of {}.",
         Size(layout.size()),
         Size(layout.data_bytes()),
+        if setup.xfs { ", on XFS" } else { "" },
         if options.cold { "cold" } else { "warm" },
         setup.runs
     );

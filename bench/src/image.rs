@@ -1,7 +1,7 @@
 //! The images: made from a rule, so that every run of the bench has the same ones.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -61,34 +61,46 @@ impl Layout {
 
     /// Writes the source.
     pub(crate) fn write_source(self, path: &Path) -> Result<()> {
-        self.write(path, |_| Version::New)
+        let blocks = self.data_blocks().map(|index| (index, Version::New));
+        self.write(path, blocks)
     }
 
     /// Writes the older copy of the source that a destination holds before a run.
     pub(crate) fn write_old(self, path: &Path, case: Case) -> Result<()> {
+        self.write(path, self.older(case))
+    }
+
+    /// Makes those blocks of the source that a case changes what they are in a version.
+    pub(crate) fn change(self, path: &Path, case: Case, to: Version) -> Result<()> {
+        let older = self.older(case);
+        let changed = older.filter(|(_, version)| *version == Version::Old);
+        let change = || {
+            let file = File::options().write(true).open(path)?;
+            write_blocks(&file, changed.map(|(index, _)| (index, to)))
+        };
+        change().with_context(|| format!("changing {}", path.display()))
+    }
+
+    /// All blocks of data, each in the version that the older copy has.
+    fn older(self, case: Case) -> impl Iterator<Item = (u64, Version)> {
         let mut left = self.data_blocks().count() as u64;
         let mut wanted = self.bytes_to_ship(case) / BLOCK;
         let mut random = Random(0x5eed);
-        self.write(path, |_| {
+        self.data_blocks().map(move |index| {
             // Selection sampling: exactly `wanted` of the blocks, each as likely as any other.
             let take = random.next() % left < wanted;
             left -= 1;
             wanted -= u64::from(take);
-            if take { Version::Old } else { Version::New }
+            let version = if take { Version::Old } else { Version::New };
+            (index, version)
         })
     }
 
-    fn write(self, path: &Path, mut version: impl FnMut(u64) -> Version) -> Result<()> {
-        let mut write = || -> Result<()> {
-            let mut file = File::create(path)?;
+    fn write(self, path: &Path, blocks: impl Iterator<Item = (u64, Version)>) -> Result<()> {
+        let write = || {
+            let file = File::create(path)?;
             file.set_len(self.size())?;
-            let mut block = vec![0; BLOCK_LEN];
-            for index in self.data_blocks() {
-                fill(&mut block, index, version(index));
-                file.seek(SeekFrom::Start(index * BLOCK))?;
-                file.write_all(&block)?;
-            }
-            Ok(file.sync_all()?)
+            write_blocks(&file, blocks)
         };
         write().with_context(|| format!("writing {}", path.display()))
     }
@@ -107,8 +119,19 @@ impl Layout {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Version {
+/// Writes blocks, each as it is in a version, and syncs the file.
+fn write_blocks(file: &File, blocks: impl Iterator<Item = (u64, Version)>) -> Result<()> {
+    let mut block = vec![0; BLOCK_LEN];
+    for (index, version) in blocks {
+        fill(&mut block, index, version);
+        file.write_all_at(&block, index * BLOCK)?;
+    }
+    Ok(file.sync_all()?)
+}
+
+/// What a block holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Version {
     Old,
     New,
 }
@@ -233,6 +256,20 @@ mod tests {
             let changed = blocks.filter(|(new, old)| new != old).count() as u64;
             assert_eq!(changed * BLOCK, layout().bytes_to_ship(case), "{percent}");
         }
+    }
+
+    #[test]
+    fn a_source_can_become_what_it_was_and_what_it_is_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let [source, other] = ["source", "other"].map(|name| dir.path().join(name));
+        let case = Case::Changed(10);
+        layout().write_source(&source).unwrap();
+        layout().change(&source, case, Version::Old).unwrap();
+        layout().write_old(&other, case).unwrap();
+        assert!(equal(&source, &other).unwrap());
+        layout().change(&source, case, Version::New).unwrap();
+        layout().write_source(&other).unwrap();
+        assert!(equal(&source, &other).unwrap());
     }
 
     #[test]

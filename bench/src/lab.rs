@@ -4,6 +4,8 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::prctl::set_child_subreaper;
@@ -11,13 +13,17 @@ use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
 
 use crate::case::Case;
-use crate::image::{self, Layout};
+use crate::image::{self, Layout, Version};
 use crate::janitor::Janitor;
 use crate::link::Link;
 use crate::measure::{self, Figures, Subject, measure};
 use crate::size::Size;
 use crate::sshd::{HOST, Sshd};
 use crate::tool::{SyncResult, Tool, isolated, remote};
+use crate::volume::Volume;
+
+/// A source must have been left alone for two seconds to be told by its times.
+const QUIET: Duration = Duration::from_millis(2500);
 
 /// Where everything lies, for the tools' command lines.
 #[derive(Debug)]
@@ -89,6 +95,8 @@ pub(crate) struct Lab {
     cold: bool,
     dir: PathBuf,
     _janitor: Janitor,
+    /// What it lies on, where that is the bench's own.
+    _volume: Option<Volume>,
 }
 
 impl Lab {
@@ -115,9 +123,18 @@ impl Lab {
             cold: false,
             dir,
             _janitor: janitor,
+            _volume: None,
         };
         lab.deploy()?;
         Ok(lab)
+    }
+
+    /// The file system that it lies on goes with it.
+    pub(crate) fn on(self, volume: Volume) -> Self {
+        Self {
+            _volume: Some(volume),
+            ..self
+        }
     }
 
     /// Runs start with an empty page cache, or with a full one.
@@ -164,8 +181,10 @@ impl Lab {
         } else {
             case
         })?;
-        if tool == Tool::BlocksyncKept {
-            self.leave_digests(case)?;
+        match tool {
+            Tool::BlocksyncKept => self.leave_digests(case)?,
+            Tool::BlocksyncSent => self.leave_copy(case, tool)?,
+            _ => {}
         }
         let subject = Subject {
             command: tool.command(case, &self.paths)?,
@@ -205,6 +224,23 @@ impl Lab {
         let mut sync = self.paths.sync(from);
         self.link
             .at_source(|| measure::run(&mut sync, &self.paths.outputs))
+    }
+
+    /// Has the source sent as it was, and then become what it is.
+    fn leave_copy(&self, case: Case, tool: Tool) -> Result<()> {
+        let source = &self.paths.source;
+        self.layout.change(source, case, Version::Old)?;
+        thread::sleep(QUIET);
+        let mut sync = tool.command(case, &self.paths)?;
+        self.link
+            .at_source(|| measure::run(&mut sync, &self.paths.outputs))?;
+        self.layout.change(source, case, Version::New)?;
+        thread::sleep(QUIET);
+        if self.cold {
+            drop_caches()
+        } else {
+            warm(&[source])
+        }
     }
 
     /// Compares the result with what it should be; gives the space that a copied image takes.

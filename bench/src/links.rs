@@ -168,7 +168,9 @@ fn over_slow_links(setup: &Setup, options: &Options, samples: &mut Samples<Entry
         lab.prepare(case)?;
         for &rate in &options.rates {
             lab.link().limit(rate)?;
-            let tools = [&[Tool::Blocksync, Tool::BlocksyncKept], &options.tools[..]].concat();
+            let own = [Tool::Blocksync, Tool::BlocksyncKept, Tool::BlocksyncSent];
+            let own = &own[..if setup.xfs { 3 } else { 2 }];
+            let tools = [own, &options.tools[..]].concat();
             for tool in tools.into_iter().filter(|tool| tool.has_part_in(case)) {
                 measure(Between::Rate(rate), case, tool, setup.runs);
             }

@@ -8,7 +8,12 @@ use clap::Args;
 use crate::image::Layout;
 use crate::lab::Lab;
 use crate::link::Link;
+use crate::size::Size;
 use crate::tool;
+use crate::volume::Volume;
+
+/// Room for the images; what is not used takes none.
+const VOLUME_SIZE: Size = Size(64 << 30);
 
 /// The options that all measurements share.
 #[derive(Debug, Clone, Args)]
@@ -19,6 +24,9 @@ pub(crate) struct Setup {
     /// Where the images are made, in a directory of their own that is removed at the end
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     pub(crate) dir: PathBuf,
+    /// Make them on an XFS of the bench's own, whose files can share blocks (needs root)
+    #[arg(long)]
+    pub(crate) xfs: bool,
     /// Also write the figures of every single run to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) csv: Option<PathBuf>,
@@ -46,7 +54,12 @@ impl Setup {
 
     /// A place for images of this layout.
     pub(crate) fn lab(&self, layout: Layout, link: Link) -> Result<Lab> {
-        self.lab_in(&self.dir, layout, link)
+        if !self.xfs {
+            return self.lab_in(&self.dir, layout, link);
+        }
+        let volume = Volume::new(&self.dir, VOLUME_SIZE)?;
+        let lab = self.lab_in(volume.path(), layout, link)?;
+        Ok(lab.on(volume))
     }
 
     /// The same in another directory than the usual one.

@@ -20,6 +20,8 @@ pub(crate) enum Tool {
     Blocksync,
     /// With the digests that a run before has left.
     BlocksyncKept,
+    /// And with a copy of the source that proves what did not change, where files can share blocks.
+    BlocksyncSent,
     Rsync,
     Scp,
     BlocksyncFast,
@@ -44,6 +46,7 @@ impl fmt::Display for Tool {
         f.write_str(match self {
             Self::Blocksync => "blocksync",
             Self::BlocksyncKept => "blocksync, kept digests",
+            Self::BlocksyncSent => "blocksync, kept copy",
             Self::Rsync => "rsync",
             Self::Scp => "scp",
             Self::BlocksyncFast => "blocksync-fast",
@@ -68,6 +71,7 @@ impl Tool {
             Self::Diskrsync => Some("diskrsync"),
             Self::Blocksync
             | Self::BlocksyncKept
+            | Self::BlocksyncSent
             | Self::ScanLimit
             | Self::WireLimit
             | Self::WireLimitAes
@@ -77,12 +81,19 @@ impl Tool {
 
     /// Whether it does a case in a way of its own: nothing is kept of what is not there yet.
     pub(crate) fn has_part_in(self, case: Case) -> bool {
-        (self, case) != (Self::BlocksyncKept, Case::First)
+        match self {
+            Self::BlocksyncKept => case != Case::First,
+            Self::BlocksyncSent => !matches!(case, Case::First | Case::Changed(0)),
+            _ => true,
+        }
     }
 
     /// Whether it is the product.
     pub(crate) fn is_blocksync(self) -> bool {
-        matches!(self, Self::Blocksync | Self::BlocksyncKept)
+        matches!(
+            self,
+            Self::Blocksync | Self::BlocksyncKept | Self::BlocksyncSent
+        )
     }
 
     /// Whether it ships a case's bytes without looking at what the destination has.
@@ -103,7 +114,7 @@ impl Tool {
     /// Whether a process of this name does the tool's own work, ssh and shells apart.
     pub(crate) fn is_worker(self) -> fn(&str) -> bool {
         match self {
-            Self::Blocksync | Self::BlocksyncKept => {
+            Self::Blocksync | Self::BlocksyncKept | Self::BlocksyncSent => {
                 |name| name.starts_with("agent-") || name.starts_with("kvm-clone-agent")
             }
             Self::Rsync => |name| name == "rsync",
@@ -125,6 +136,11 @@ impl Tool {
                 Ok(command)
             }
             Self::BlocksyncKept => Ok(paths.sync(&paths.source)),
+            Self::BlocksyncSent => {
+                let mut command = paths.sync(&paths.source);
+                command.arg("--keep-sent=0");
+                Ok(command)
+            }
             Self::Rsync => rsync(case, paths),
             Self::Scp => Ok(scp(paths)),
             Self::BlocksyncFast => pipeline(BLOCKSYNC_FAST, paths),
@@ -242,12 +258,14 @@ fn ssh(paths: &Paths) -> Command {
     command
 }
 
-/// The tools to measure, and those of the usual ones that this machine has not.
-pub(crate) fn select(wanted: &[Tool]) -> Result<(Vec<Tool>, Vec<Tool>)> {
+/// The tools to measure, and those of the usual ones that this machine has not. Where files share
+/// no blocks, no copies can be kept.
+pub(crate) fn select(wanted: &[Tool], share_blocks: bool) -> Result<(Vec<Tool>, Vec<Tool>)> {
     let is_there = |tool: &Tool| tool.program().is_none_or(on_path);
     if wanted.is_empty() {
-        Ok(Tool::value_variants()
-            .iter()
+        let usual = Tool::value_variants().iter();
+        Ok(usual
+            .filter(|tool| share_blocks || **tool != Tool::BlocksyncSent)
             .partition(|tool| is_there(tool)))
     } else {
         for tool in wanted {

@@ -324,9 +324,14 @@ impl Destination {
                 (file, journal)
             }
         };
+        let image = Arc::new(self.hold(file, false)?);
+        let disk = match resumed {
+            true => Disk::of(image),
+            false => Disk::copy_of(Arc::clone(base), image),
+        };
         Ok(Work {
             apply: Apply::Reflink,
-            disk: Arc::new(Disk::of(Arc::new(self.hold(file, false)?))),
+            disk: Arc::new(disk),
             journal: Some(Arc::new(journal)),
             resumed,
         })

@@ -78,6 +78,9 @@ pub(crate) use throttle::limit_reads;
 #[derive(Debug)]
 pub(crate) struct Disk {
     image: Arc<Image>,
+    /// What it was copied from just now, and still equals where nothing was written: this is in the
+    /// page cache, if anything is.
+    original: Option<Arc<Image>>,
     overlay: Option<Overlay>,
     /// Something was changed, or waits to be.
     is_changed: AtomicBool,
@@ -114,8 +117,17 @@ impl Disk {
     pub(crate) fn of(image: Arc<Image>) -> Self {
         Self {
             image,
+            original: None,
             overlay: None,
             is_changed: AtomicBool::new(false),
+        }
+    }
+
+    /// A copy of `original` that shares its blocks, and has not been changed yet.
+    fn copy_of(original: Arc<Image>, image: Arc<Image>) -> Self {
+        Self {
+            original: Some(original),
+            ..Self::of(image)
         }
     }
 
@@ -198,6 +210,8 @@ impl Disk {
     ) -> Result<Bytes, Failure> {
         let blocks = usize::try_from(run.count).expect("at most a window");
         let mut digests = Vec::with_capacity(blocks * DIGEST_LEN);
+        // A session looks at a block before it writes there.
+        let image = self.original.as_ref().unwrap_or(&self.image);
         let waiting = match &self.overlay {
             Some(overlay) => overlay.waiting(run)?.map(|entries| (overlay, entries)),
             None => None,
@@ -212,7 +226,7 @@ impl Disk {
                 Piece::Unknown(unknown) => unknown,
             };
             let mut contents = Vec::new();
-            self.image.read_blocks(
+            image.read_blocks(
                 unknown,
                 context.geometry,
                 &mut scratch.block,

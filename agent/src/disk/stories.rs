@@ -194,6 +194,21 @@ fn what_is_staged_counts_at_the_commit_and_leaves_nothing() {
 }
 
 #[test]
+fn a_new_copy_is_read_where_it_was_copied_from_and_written_where_it_is() {
+    let ground = Ground::new();
+    ground.make("original");
+    fs::write(ground.path("copy"), vec![0; BLOCK_LEN]).unwrap();
+    let image = |name| match open(&ground.path(name), Access::Destination).unwrap() {
+        Target::Destination(destination) => Arc::clone(destination.base().unwrap()),
+        Target::Readable(_) => panic!("it is to be written to"),
+    };
+    let disk = Disk::copy_of(image("original"), image("copy"));
+    put(&disk, 0, 99);
+    assert_eq!(seen(&disk), contents(&[1, 2, 3, 4, 5, 6, 7, 8]));
+    assert_eq!(ground.holds("copy"), [99]);
+}
+
+#[test]
 fn a_broken_run_is_rolled_back_or_taken_up() {
     let ground = Ground::new();
     let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_clone_protocol::digest::Digester;
-use kvm_clone_protocol::message::{Compression, Counters, SessionParams};
+use kvm_clone_protocol::message::{Compression, Counters, IoChoice, SessionParams};
 use kvm_clone_protocol::sync::{DiskDone, DiskOp, Machine, Outcome, Ticket};
 use kvm_clone_protocol::units::Geometry;
 use tokio::sync::mpsc;
@@ -33,6 +33,8 @@ pub(crate) struct Session {
     pub(crate) compression: Compression,
     /// Digests of the disk that are kept from run to run.
     pub(crate) kept: Option<Arc<Kept>>,
+    /// How the disk is read.
+    pub(crate) io: IoChoice,
 }
 
 impl Session {
@@ -150,13 +152,14 @@ impl Session {
         };
         let digester = Digester::new(self.params.hash, self.params.seed);
         let (geometry, compressor, done) = (self.geometry, Arc::clone(compressor), done.clone());
-        let kept = self.kept.clone();
+        let (kept, io) = (self.kept.clone(), self.io);
         pool.submit(move |scratch| {
             let context = SessionContext {
                 geometry,
                 digester,
                 compressor: &compressor,
                 kept: kept.as_deref(),
+                io,
             };
             // A session that has ended meanwhile no longer listens.
             let _ = done.send((ticket, disk.run(op, &context, scratch)));

@@ -216,6 +216,7 @@ impl Slot {
                 params,
                 compression: start.compression,
                 kept,
+                io: start.io,
             },
             started,
             warnings,

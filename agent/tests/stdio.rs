@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BytesMut};
 use kvm_clone_protocol::frame;
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Commit, Control, Credit, FailureCode, Hello, Listen, Listening, Message,
-    Open, Prepare, Role, SessionParams, Start,
+    Access, ApplyChoice, Commit, Control, Credit, FailureCode, Hello, IoChoice, Listen, Listening,
+    Message, Open, Prepare, Role, SessionParams, Start,
 };
 use kvm_clone_protocol::preamble::{self, MAGIC, Preamble, SUPPORTED, Versions};
 
@@ -240,6 +240,7 @@ fn a_session_needs_an_open_disk_and_a_link() {
         stage_dir: Vec::new(),
         full_scan: false,
         keep_sent: None,
+        io: IoChoice::Auto,
         nice: false,
         read_limit: 0,
     };

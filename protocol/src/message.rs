@@ -316,6 +316,17 @@ pub enum Compression {
     Level(u8),
 }
 
+/// How a disk is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoChoice {
+    /// Through the page cache what is in it, past it what is not.
+    Auto,
+    /// Always through the page cache.
+    Buffered,
+    /// Always past it.
+    Direct,
+}
+
 /// What a session does: the same for both ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionParams {
@@ -384,6 +395,8 @@ pub struct Start {
     /// The sender keeps a reflink copy of its disk, by which the next run knows what was written
     /// since, where its file system keeps so many bytes free whatever is written; `None`: none stays.
     pub keep_sent: Option<u64>,
+    /// How this agent reads the disk.
+    pub io: IoChoice,
     /// From now on this agent leaves processor and disks to others first, for all of its disks.
     pub nice: bool,
     /// Bytes a second that this agent may read from all of its disks together; zero for no limit.

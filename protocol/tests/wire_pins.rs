@@ -277,10 +277,11 @@ fn start() -> Pin {
             stage_dir: b"/s".to_vec(),
             full_scan: true,
             keep_sent: Some(128),
+            io: IoChoice::Direct,
             nice: true,
             read_limit: 2_000_000,
         },
-        "3b000000 09 00 3b00  # 59 bytes, Start
+        "3c000000 09 00 3c00  # 60 bytes, Start
          03      # disk
          02      # link
          01      # links
@@ -297,6 +298,7 @@ fn start() -> Pin {
          02 2f73 # stage_dir: 2 bytes
          01      # full_scan: yes
          01 8001 # keep_sent: 128 bytes stay free
+         02      # io: Direct
          01      # nice: yes
          80897a  # read_limit: 2000000"
     )
@@ -764,6 +766,7 @@ fn the_choices_have_their_numbers() {
         stage_dir: Vec::new(),
         full_scan: false,
         keep_sent: None,
+        io: IoChoice::Auto,
         nice: false,
         read_limit: 0,
     };
@@ -812,6 +815,7 @@ fn the_ways_to_apply_have_their_numbers() {
         stage_dir: Vec::new(),
         full_scan: false,
         keep_sent: None,
+        io: IoChoice::Auto,
         nice: false,
         read_limit: 0,
     };

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_clone_protocol::digest::{HashKind, Seed};
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Compression, Control, Dial, DiskKind, FailureCode, Listen, Open, Role,
-    SessionParams, Start, Token,
+    Access, ApplyChoice, Compression, Control, Dial, DiskKind, FailureCode, IoChoice, Listen, Open,
+    Role, SessionParams, Start, Token,
 };
 use kvm_clone_protocol::preamble::SUPPORTED;
 use kvm_clone_tests::confined::Confined;
@@ -60,6 +60,7 @@ fn begin(ground: &Confined, caller: &mut Caller, disk: u32, path: &str) -> bool 
         stage_dir: Vec::new(),
         full_scan: false,
         keep_sent: None,
+        io: IoChoice::Auto,
         nice: false,
         read_limit: 0,
     };

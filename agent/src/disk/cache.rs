@@ -16,11 +16,14 @@ const PAGE: usize = 4096;
 /// `cachestat`, since Linux 6.5; it has the same number on every architecture.
 const CACHESTAT: libc::c_long = 451;
 
-/// A byte range that was not, or not all, in the page cache before it was read.
+/// What of a byte range was in the page cache before it was read.
 #[derive(Debug)]
-pub(super) struct Cold {
-    offset: u64,
-    resident: Vec<u8>,
+pub(super) enum Cached {
+    /// All of it, or the kernel does not tell.
+    All,
+    None,
+    /// A byte for each page, its lowest bit set for those that were.
+    Some(Vec<u8>),
 }
 
 impl Image {
@@ -30,33 +33,49 @@ impl Image {
         self.advise(0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
     }
 
-    /// Looks which pages of a range, offset and length, are in the cache, and has the others read.
-    /// `None` when all are there, or the kernel does not tell.
-    pub(super) fn warm_up(&self, (offset, len): (u64, u64)) -> Option<Cold> {
+    /// Looks what of a range, offset and length, is in the cache.
+    pub(super) fn cached(&self, (offset, len): (u64, u64)) -> Cached {
+        let file = self.file.as_file();
         // Most often all of it is, or nothing: the cheap question first.
-        if cached_pages(self.file.as_file(), offset, len) == Some(len.div_ceil(PAGE as u64)) {
-            return None;
+        match cached_pages(file, offset, len) {
+            Some(0) => return Cached::None,
+            Some(pages) if pages == len.div_ceil(PAGE as u64) => return Cached::All,
+            _ => {}
         }
-        let resident = residency(self.file.as_file(), offset, len).ok()?;
-        if resident.iter().all(|page| page & 1 == 1) {
-            return None;
+        match residency(file, offset, len) {
+            Err(_) => Cached::All,
+            Ok(pages) if pages.iter().all(|page| page & 1 == 1) => Cached::All,
+            Ok(pages) if pages.iter().all(|page| page & 1 == 0) => Cached::None,
+            Ok(pages) => Cached::Some(pages),
         }
-        self.advise(offset, len, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
-        Some(Cold { offset, resident })
     }
 
-    /// Drops the pages of a window that were not in the cache before.
-    pub(super) fn cool_down(&self, cold: Option<Cold>) {
-        let Some(Cold { offset, resident }) = cold else {
-            return;
+    /// Has what is missing of a range read, so that it is there when it is asked for.
+    pub(super) fn warm_up(&self, (offset, len): (u64, u64), cached: &Cached) {
+        if !matches!(cached, Cached::All) {
+            self.advise(offset, len, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+        }
+    }
+
+    /// Drops the pages of a range that were not in the cache before.
+    pub(super) fn cool_down(&self, (offset, len): (u64, u64), cached: &Cached) {
+        let drop = |at: u64, len: u64| {
+            self.advise(offset + at, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         };
-        let mut at = 0;
-        for run in resident.chunk_by(|one, next| one & 1 == next & 1) {
-            let len = (run.len() * PAGE) as u64;
-            if run[0] & 1 == 0 {
-                self.advise(offset + at, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        match cached {
+            Cached::All => {}
+            // Past the cache nothing comes, but where the file system cannot do that after all.
+            Cached::None => drop(0, len),
+            Cached::Some(pages) => {
+                let mut at = 0;
+                for run in pages.chunk_by(|one, next| one & 1 == next & 1) {
+                    let len = (run.len() * PAGE) as u64;
+                    if run[0] & 1 == 0 {
+                        drop(at, len);
+                    }
+                    at += len;
+                }
             }
-            at += len;
         }
     }
 
@@ -138,7 +157,7 @@ mod tests {
     use std::io::Write;
 
     use kvm_clone_protocol::digest::{Digester, HashKind, Seed};
-    use kvm_clone_protocol::message::{Access, Compression};
+    use kvm_clone_protocol::message::{Access, Compression, IoChoice};
     use kvm_clone_protocol::sync::{DiskOp, Expected};
     use kvm_clone_protocol::units::{BlockRun, Geometry};
 
@@ -153,6 +172,7 @@ mod tests {
     fn cached_after_a_scan(
         directory: &std::path::Path,
         op: impl Fn(BlockRun) -> DiskOp,
+        io: IoChoice,
     ) -> Option<Vec<bool>> {
         let path = directory.join("disk");
         let mut file = File::create_new(&path).unwrap();
@@ -175,6 +195,7 @@ mod tests {
             digester: Digester::new(HashKind::Xxh3, Seed([0; 32])),
             compressor: &compressor,
             kept: None,
+            io,
         };
         let start = &mut [0; 1 << 20];
         assert_eq!(image.file.read_full_at(start, 0).unwrap(), 1 << 20);
@@ -205,10 +226,16 @@ mod tests {
     }
 
     fn is_left_as_it_was(op: impl Fn(BlockRun) -> DiskOp) {
+        for io in [IoChoice::Auto, IoChoice::Buffered, IoChoice::Direct] {
+            is_left_as_it_was_by(&op, io);
+        }
+    }
+
+    fn is_left_as_it_was_by(op: impl Fn(BlockRun) -> DiskOp, io: IoChoice) {
         // Beside the executable is a disk; the directory for temporary files may be memory.
         let here = std::env::current_exe().unwrap();
         let directory = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
-        let Some(cached) = cached_after_a_scan(directory.path(), op) else {
+        let Some(cached) = cached_after_a_scan(directory.path(), op, io) else {
             eprintln!(
                 "SKIPPED: {} keeps everything in its cache",
                 directory.path().display()
@@ -217,11 +244,11 @@ mod tests {
         };
         assert!(
             cached[..256].iter().all(|page| *page),
-            "what was there stays"
+            "{io:?}: what was there stays"
         );
         assert!(
             cached[256..].iter().all(|page| !page),
-            "what the scan brought goes"
+            "{io:?}: what the scan brought goes"
         );
     }
 }

@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_clone_protocol::message::{
     Access, Apply, ApplyChoice, DiskKind, FailureCode, Keeps, Opened,
@@ -489,6 +489,7 @@ impl Destination {
             path: self.names.path.clone(),
             is_device: false,
             is_fresh,
+            direct: OnceLock::new(),
         }
     }
 

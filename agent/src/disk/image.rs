@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_clone_protocol::message::{Access, FailureCode, Identity, Keeps};
 
@@ -29,6 +29,8 @@ pub(crate) struct Image {
     /// Blocks that were never written read as zeros and occupy nothing: a file that this session
     /// made.
     pub(super) is_fresh: bool,
+    /// The same, opened for reading past the page cache, once that was asked for.
+    pub(super) direct: OnceLock<Option<DiskFile>>,
 }
 
 impl Image {

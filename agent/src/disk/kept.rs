@@ -639,6 +639,8 @@ fn copies(directory: &Path) -> impl Iterator<Item = PathBuf> {
 mod tests {
     use kvm_clone_protocol::digest::{Digest, HashKind, Seed};
 
+    use std::sync::OnceLock;
+
     use super::*;
     use crate::disk::Image;
 
@@ -681,6 +683,7 @@ mod tests {
             path: path.to_owned(),
             is_device: false,
             is_fresh: false,
+            direct: OnceLock::new(),
         };
         image.own_stamp()
     }

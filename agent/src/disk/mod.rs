@@ -14,6 +14,7 @@ mod claims;
 mod commit;
 mod confinement;
 mod destination;
+mod direct;
 #[cfg(any(test, feature = "fault-injection"))]
 mod faults;
 mod file;
@@ -46,12 +47,12 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN, Digester};
-use kvm_clone_protocol::message::{Access, DiskKind, Encoding, FailureCode, Opened};
+use kvm_clone_protocol::message::{Access, DiskKind, Encoding, FailureCode, IoChoice, Opened};
 use kvm_clone_protocol::sync::{DiskDone, DiskOp, MapRun, RunKind, WriteBlock, push_content};
 use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use nix::libc;
@@ -94,6 +95,8 @@ pub(crate) struct SessionContext<'a> {
     pub(crate) compressor: &'a Compressor,
     /// What was known of the disk before, and is noted of it now.
     pub(crate) kept: Option<&'a Kept>,
+    /// How the disk is read.
+    pub(crate) io: IoChoice,
 }
 
 impl SessionContext<'_> {
@@ -226,20 +229,14 @@ impl Disk {
                 Piece::Unknown(unknown) => unknown,
             };
             let mut contents = Vec::new();
-            image.read_blocks(
-                unknown,
-                context.geometry,
-                &mut scratch.block,
-                Missing::Zeros,
-                |index, block| {
-                    if let Some((overlay, entries)) = &waiting {
-                        let at = usize::try_from(index - run.first).expect("at most a window");
-                        self.look_through(overlay, index, entries[at], block)?;
-                    }
-                    contents.push(context.digester.content(block));
-                    Ok(())
-                },
-            )?;
+            image.read_blocks(unknown, context, scratch, Missing::Zeros, |index, block| {
+                if let Some((overlay, entries)) = &waiting {
+                    let at = usize::try_from(index - run.first).expect("at most a window");
+                    self.look_through(overlay, index, entries[at], block)?;
+                }
+                contents.push(context.digester.content(block));
+                Ok(())
+            })?;
             context.note(unknown.first, &contents);
             for content in &contents {
                 push_content(&mut digests, content);
@@ -380,6 +377,7 @@ fn open_image(path: &Path, metadata: &Metadata, access: Access) -> Result<Image,
         path: path.to_owned(),
         is_device,
         is_fresh: false,
+        direct: OnceLock::new(),
     };
     image.read_in_windows();
     Ok(image)

@@ -2,11 +2,13 @@
 
 use bytes::Bytes;
 use kvm_clone_protocol::digest::Content;
-use kvm_clone_protocol::message::{Encoding, FailureCode};
-use kvm_clone_protocol::sync::{Compared, Expected};
-use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
+use kvm_clone_protocol::message::{Encoding, FailureCode, IoChoice};
+use kvm_clone_protocol::sync::{Compared, Expected, WINDOW};
+use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun};
 
 use super::SessionContext;
+use super::cache::Cached;
+use super::direct::Aligned;
 use super::image::Image;
 use super::kept::{Piece, pieces};
 use super::throttle::admit;
@@ -15,6 +17,8 @@ use crate::failure::Failure;
 /// Memory of one worker, used again for every block so that it stays in the processor's cache.
 pub(crate) struct Scratch {
     pub(super) block: Box<[u8; BLOCK_LEN]>,
+    /// A window of a disk that is not in the page cache.
+    window: Option<Aligned>,
     pub(crate) decompressor: Option<zstd::bulk::Decompressor<'static>>,
 }
 
@@ -22,8 +26,15 @@ impl Scratch {
     pub(crate) fn new() -> Self {
         Self {
             block: Box::new([0; BLOCK_LEN]),
+            window: None,
             decompressor: None,
         }
+    }
+
+    fn window(&mut self) -> &mut Aligned {
+        let blocks = usize::try_from(WINDOW).expect("a small number");
+        self.window
+            .get_or_insert_with(|| Aligned::new(blocks * BLOCK_LEN))
     }
 }
 
@@ -53,18 +64,12 @@ impl Image {
                 }
                 Piece::Unknown(unknown) => {
                     let mut contents = Vec::new();
-                    self.read_blocks(
-                        unknown,
-                        context.geometry,
-                        &mut scratch.block,
-                        Missing::Error,
-                        |index, block| {
-                            let content = context.digester.content(block);
-                            contents.push(content);
-                            blocks.push(compared(content, expected(index), ship, context, block));
-                            Ok(())
-                        },
-                    )?;
+                    self.read_blocks(unknown, context, scratch, Missing::Error, |index, block| {
+                        let content = context.digester.content(block);
+                        contents.push(content);
+                        blocks.push(compared(content, expected(index), ship, context, block));
+                        Ok(())
+                    })?;
                     context.note(unknown.first, &contents);
                 }
             }
@@ -72,30 +77,74 @@ impl Image {
         Ok(blocks)
     }
 
-    /// Reads the blocks of a run one after the other into `buffer`, which stays in the cache; as
-    /// many at once as the limit allows.
+    /// Reads the blocks of a run and gives them out one after the other; as many at once as the
+    /// limit allows. What is in the page cache is read block by block into a buffer that stays in
+    /// the processor's; of what is not, a whole window comes from the storage at once.
+    ///
+    /// # Errors
+    /// [`Failure`], which names the byte; or that of `each`.
     pub(super) fn read_blocks(
         &self,
         run: BlockRun,
-        geometry: Geometry,
-        buffer: &mut [u8; BLOCK_LEN],
+        context: &SessionContext<'_>,
+        scratch: &mut Scratch,
         missing: Missing,
         mut each: impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
+        if context.io == IoChoice::Direct && !self.has_direct() {
+            let message = format!(
+                "{} cannot be read past the page cache (--io auto reads it as it can be)",
+                self.path.display()
+            );
+            return Err(Failure::new(FailureCode::MissingRequirement, message));
+        }
+        let geometry = context.geometry;
         let mut first = run.first;
         while first < run.end() {
             let count = admit(run.end() - first);
             let part = BlockRun { first, count };
-            let cold = self.warm_up(geometry.byte_range(part));
-            for index in first..part.end() {
-                let block = &mut buffer[..geometry.block_len(index)];
-                self.read_block(block, index * BLOCK_SIZE, missing)?;
-                each(index, block)?;
+            let range = geometry.byte_range(part);
+            let cached = self.cached(range);
+            let is_direct = match context.io {
+                IoChoice::Auto => matches!(cached, Cached::None),
+                IoChoice::Direct => true,
+                IoChoice::Buffered => false,
+            };
+            let read = is_direct.then(|| self.read_window(range, scratch.window(), missing));
+            if let Some(Some(window)) = read {
+                for (index, block) in (first..).zip(window.chunks_mut(BLOCK_LEN)) {
+                    each(index, block)?;
+                }
+            } else {
+                self.warm_up(range, &cached);
+                for index in first..part.end() {
+                    let block = &mut scratch.block[..geometry.block_len(index)];
+                    self.read_block(block, index * BLOCK_SIZE, missing)?;
+                    each(index, block)?;
+                }
             }
-            self.cool_down(cold);
+            self.cool_down(range, &cached);
             first = part.end();
         }
         Ok(())
+    }
+
+    /// Reads a range past the page cache, all of it. `None` where that cannot be done: whoever reads
+    /// block by block then finds out why.
+    fn read_window<'b>(
+        &self,
+        (offset, len): (u64, u64),
+        memory: &'b mut Aligned,
+        missing: Missing,
+    ) -> Option<&'b mut [u8]> {
+        let len = usize::try_from(len).ok()?;
+        let read = self.read_direct(offset, len, memory)?.len();
+        if read < len && missing == Missing::Error {
+            return None;
+        }
+        let bytes = &mut memory.bytes()[..len];
+        bytes[read..].fill(0);
+        Some(bytes)
     }
 
     pub(super) fn read_block(

@@ -1,46 +1,20 @@
 //! `--verify reread`: what a destination holds, or will hold, read once more from the storage
 //! itself, past the page cache, and made into a root again.
 
-use std::fs::OpenOptions;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-
 use kvm_clone_protocol::digest::{Digest, Digester, RangeHasher, disk_root};
 use kvm_clone_protocol::sync::RunKind;
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
-use nix::libc;
 
 use super::Disk;
-use super::file::DiskFile;
+use super::direct::Aligned;
 use super::image::Image;
 use super::journal::Entry;
 use super::overlay::Overlay;
 use super::throttle::admit;
 use crate::failure::Failure;
 
-/// What direct reads must be aligned to: the sector size of every disk that we know.
-const ALIGN: usize = 4096;
-
 /// Blocks of whose entries the journal is asked at once.
 const WINDOW: u64 = 32;
-
-/// A buffer for direct reads.
-struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
-}
-
-impl Aligned {
-    fn new() -> Self {
-        let memory = vec![0; BLOCK_LEN + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN);
-        Self { memory, start }
-    }
-
-    fn block(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + BLOCK_LEN]
-    }
-}
 
 impl Disk {
     /// The root of the contents, with what waits for them, as the storage has them. All of it
@@ -59,7 +33,7 @@ impl Disk {
             .as_ref()
             .map(|overlay| (overlay, Direct::of(overlay.stage())));
         let mut hasher = RangeHasher::new(digester, 0);
-        let mut buffer = Aligned::new();
+        let mut buffer = Aligned::new(BLOCK_LEN);
         let mut at = 0;
         while at < geometry.block_count() {
             let mut map = self.image.map(at, geometry)?;
@@ -111,7 +85,7 @@ impl Overlay {
     /// [`Failure`] when something cannot be read, or is not what was written.
     pub(super) fn reread_applied(&self, base: &Image, geometry: Geometry) -> Result<(), Failure> {
         let direct = Direct::of(base);
-        let mut buffer = Aligned::new();
+        let mut buffer = Aligned::new(BLOCK_LEN);
         self.journal.for_each(|index, entry| {
             let block = direct.read(index, geometry, &mut buffer)?;
             let holds = match entry {
@@ -133,25 +107,13 @@ impl Overlay {
 
 /// An image that is read past the page cache; where that cannot be had, its pages are dropped
 /// before they are read.
-struct Direct<'a> {
-    image: &'a Image,
-    file: Option<DiskFile>,
-}
+struct Direct<'a>(&'a Image);
 
 impl<'a> Direct<'a> {
     fn of(image: &'a Image) -> Self {
-        let own = format!("/proc/self/fd/{}", image.file.as_raw_fd());
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(own)
-            .ok();
         // Whatever is still in the cache is clean by now, and must not answer for the storage.
         image.drop_cache();
-        Self {
-            image,
-            file: file.map(DiskFile::new),
-        }
+        Self(image)
     }
 
     /// A block; what lies past the end of the file reads as zeros.
@@ -162,19 +124,19 @@ impl<'a> Direct<'a> {
         buffer: &'b mut Aligned,
     ) -> Result<&'b [u8], Failure> {
         let (offset, len) = (index * BLOCK_SIZE, geometry.block_len(index));
-        let block = buffer.block();
-        // One call: what is left of a short one would not be aligned.
-        if let Some(file) = &self.file
-            && let Ok(read) = file.read_at(block, offset)
-            && (read >= len || offset + read as u64 >= self.image.size()?)
-        {
-            block[read.min(len)..len].fill(0);
-            return Ok(&block[..len]);
-        }
-        let read = self.image.file.read_full_at(&mut block[..len], offset);
-        let read = read.map_err(|error| self.image.failed_at("reading", offset, &error))?;
-        block[read..len].fill(0);
-        self.image.drop_cache();
-        Ok(&block[..len])
+        let direct = self.0.read_direct(offset, len, buffer);
+        let read = match direct.map(|bytes| bytes.len()) {
+            Some(read) => read,
+            None => {
+                let bytes = &mut buffer.bytes()[..len];
+                let read = self.0.file.read_full_at(bytes, offset);
+                let read = read.map_err(|error| self.0.failed_at("reading", offset, &error))?;
+                self.0.drop_cache();
+                read
+            }
+        };
+        let block = &mut buffer.bytes()[..len];
+        block[read..].fill(0);
+        Ok(block)
     }
 }

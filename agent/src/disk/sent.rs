@@ -87,7 +87,7 @@ impl Sent {
             let message = "this agent only reads (--read-only)";
             return Err(Failure::new(FailureCode::Refused, message));
         }
-        let directory = path.parent().unwrap_or(Path::new("/"));
+        let directory = path.parent().unwrap_or_else(|| Path::new("/"));
         let file = reflink::copy(image, directory, "the next run reads the whole disk")?;
         Ok(Self::New { file, path })
     }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN, Digester, HashKind, Seed};
-use kvm_clone_protocol::message::{Access, Apply, ApplyChoice, Compression, Fate, Recovery};
+use kvm_clone_protocol::message::{
+    Access, Apply, ApplyChoice, Compression, Fate, IoChoice, Recovery,
+};
 use kvm_clone_protocol::sync::{DiskDone, DiskOp, content_at};
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 use tempfile::TempDir;
@@ -147,6 +149,7 @@ fn seen(disk: &Disk) -> Vec<Content> {
         digester: digester(),
         compressor: &compressor,
         kept: None,
+        io: IoChoice::Auto,
     };
     let run = BlockRun {
         first: 0,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvm_clone_protocol::digest::{Digest, HashKind, Seed};
 use kvm_clone_protocol::message::{
     Access, Apply, ApplyChoice, Commit, Compression, Control, Dial, DiskKind, Failed, FailureCode,
-    Listen, Listening, Open, Opened, Prepare, Role, SessionParams, Start, Started,
+    IoChoice, Listen, Listening, Open, Opened, Prepare, Role, SessionParams, Start, Started,
 };
 use kvm_clone_protocol::preamble::SUPPORTED;
 
@@ -148,6 +148,7 @@ impl Source {
             stage_dir: Vec::new(),
             full_scan: false,
             keep_sent: None,
+            io: IoChoice::Auto,
             nice: false,
             read_limit: 0,
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{ArgAction, Args, ValueEnum};
 use kvm_clone_protocol::digest::HashKind;
-use kvm_clone_protocol::message::{ApplyChoice, Compression};
+use kvm_clone_protocol::message::{ApplyChoice, Compression, IoChoice};
 use kvm_clone_protocol::sync::MAX_STREAMS;
 
 use crate::config::Config;
@@ -146,6 +146,23 @@ impl FromStr for ApplyArg {
             _ => Err(BadValue(
                 "expected auto, inplace, staged or reflink".to_owned(),
             )),
+        }
+    }
+}
+
+/// [`IoChoice`] as it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoArg(pub IoChoice);
+
+impl FromStr for IoArg {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "auto" => Ok(Self(IoChoice::Auto)),
+            "buffered" => Ok(Self(IoChoice::Buffered)),
+            "direct" => Ok(Self(IoChoice::Direct)),
+            _ => Err(BadValue("expected auto, buffered or direct".to_owned())),
         }
     }
 }
@@ -327,6 +344,10 @@ pub struct CompareArgs {
     /// How blocks are compared [default: xxh3; blake3 also withstands an adversary]
     #[arg(long, value_name = "xxh3|blake3")]
     pub hash: Option<HashChoice>,
+    /// How disks are read: buffered (through the page cache), direct (past it), or auto: past it what
+    /// is not in it [default: auto]
+    #[arg(long, value_name = "auto|buffered|direct")]
+    pub io: Option<IoArg>,
     /// On both hosts, leave the processor and the disks to others first
     #[arg(long)]
     pub nice: bool,
@@ -381,6 +402,7 @@ impl CompareArgs {
                 .hash
                 .or(config.hash)
                 .map_or(default.hash, |choice| choice.0),
+            io: self.io.map_or(default.io, |choice| choice.0),
             nice: self.nice,
             read_limit: self.read_limit.map(|rate| rate.0),
             timeout: self.timeout.or(config.timeout).map(|limit| limit.0),

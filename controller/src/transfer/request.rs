@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_clone_protocol::digest::HashKind;
-use kvm_clone_protocol::message::{ApplyChoice, Compression};
+use kvm_clone_protocol::message::{ApplyChoice, Compression, IoChoice};
 
 use serde::Serialize;
 
@@ -163,6 +163,8 @@ pub struct Options {
     /// A reflink copy of each source stays on its host until the next run, if its file system keeps
     /// so many bytes free whatever is written.
     pub keep_sent: Option<u64>,
+    /// How disks are read.
+    pub io: IoChoice,
     /// What the result claims.
     pub verify: Verification,
     /// Bytes a second; `None` for no limit.
@@ -215,6 +217,7 @@ impl Default for Options {
             stage_dir: None,
             full_scan: false,
             keep_sent: None,
+            io: IoChoice::Auto,
             verify: Verification::Streamed,
             bandwidth_limit: None,
             nice: false,

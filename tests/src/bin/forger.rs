@@ -333,6 +333,7 @@ fn forged_control(neighbour: &str, params: &SessionParams) -> Vec<Frame> {
             stage_dir: Vec::new(),
             full_scan: false,
             keep_sent: None,
+            io: IoChoice::Auto,
             nice: false,
             read_limit: 0,
         }),

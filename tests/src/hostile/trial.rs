@@ -2,8 +2,8 @@
 
 use kvm_clone_protocol::digest::{HashKind, Seed};
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Commit, Compression, Control, Ended, Failed, FailureCode, Listening,
-    Prepare, Role, SessionParams, Start,
+    Access, ApplyChoice, Commit, Compression, Control, Ended, Failed, FailureCode, IoChoice,
+    Listening, Prepare, Role, SessionParams, Start,
 };
 
 use super::agent::Agent;
@@ -64,6 +64,7 @@ pub fn start(disk: u32, role: Role, params: SessionParams, apply: ApplyChoice) -
         stage_dir: Vec::new(),
         full_scan: false,
         keep_sent: None,
+        io: IoChoice::Auto,
         nice: false,
         read_limit: 0,
     }

@@ -384,6 +384,7 @@ fn start(
             Role::Sender => options.keep_sent,
             Role::Receiver => None,
         },
+        io: options.io,
         nice: options.nice,
         read_limit: options.read_limit.unwrap_or(0),
     }

@@ -128,24 +128,27 @@ fn every_image_arrives_within_this_machine() {
 fn without_a_route_two_hosts_talk_directly_where_they_can_and_through_the_controller_else() {
     let Some(lab) = Lab::start() else { return };
     let source = lab.path("source");
-    image::write(&source, &[Random(1, 3 * BLOCK)]);
-    let route = |name: &str| {
-        let args = [
-            "disk".into(),
-            "sync".into(),
-            Journey::Direct.source(&source),
-        ];
+    image::write(&source, &[Random(1, 40 * BLOCK)]);
+    let route = |name: &str, options: &[&str]| {
+        let args = ["disk", "sync"].iter().chain(options).map(Into::into);
+        let from = Journey::Direct.source(&source);
         let to = Journey::Direct.destination(&lab.path(name));
-        let run = lab.controller.run(args.into_iter().chain([to]));
+        let run = lab.controller.run(args.chain([from, to]));
         let result = run.expect_json();
         image::assert_equal(&source, &lab.path(name));
         result["route"].as_str().map(str::to_owned)
     };
-    assert_eq!(route("first").as_deref(), Some("direct"));
+    assert_eq!(route("first", &[]).as_deref(), Some("direct"));
 
     // Without its key hvA cannot log in to hvB.
     std::fs::remove_file(lab.a.home().join(".ssh/id_ed25519")).unwrap();
-    assert_eq!(route("second").as_deref(), Some("relay"));
+    assert_eq!(route("second", &[]).as_deref(), Some("relay"));
+    // Then an existing disk has been looked at already.
+    let several = ["--streams", "3", "--full-scan"];
+    for name in ["first", "second"] {
+        image::change_blocks(&source, 2, 9);
+        assert_eq!(route(name, &several).as_deref(), Some("relay"));
+    }
 }
 
 #[test]

@@ -24,33 +24,51 @@ use crate::transfer::result::Route;
 /// How long the making of a link may take: an agent gives up after 30 s.
 pub(super) const LINK_TIME: Duration = Duration::from_secs(40);
 
-/// The numbers of the links of one disk: as many for the first try as for a second one.
+/// The numbers of the links of one disk: as many for the first try as for a second one, which only
+/// the source needs.
 const NUMBERS: u32 = 2 * LINKS;
 const LINKS: u32 = MAX_STREAMS as u32;
 
-/// The agents' data connections for one disk.
+/// The agents' data connections for one disk. They come into being in two steps, so that the
+/// destination can be read meanwhile: its end is known first.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) route: Route,
-    /// The number of the first link, the same on both sides.
-    pub(super) link: u32,
+    /// The numbers of the first link at the source and at the destination.
+    firsts: [u32; 2],
     /// How many there are, numbered from that on.
     pub(super) links: u16,
     /// The protocol version on them.
     pub(super) version: u16,
     pub(super) relays: Vec<Relay>,
-    /// The side that is about to tell whether it has reached the other.
-    pub(super) dialing: Option<Side>,
+    next: Next,
 }
 
-/// Connects the agents by so many links. Where there is no other way than the one that is taken, they
-/// may still be on it: see [`dialed`].
+/// What is still to be done.
+#[derive(Debug)]
+enum Next {
+    Nothing,
+    /// A side is about to tell whether it has reached the other. If it has not, a relay may come in
+    /// its place where the destination listens.
+    Dialed(Side, Vec<Listening>),
+    /// The destination listens for a relay.
+    Relay(Vec<Listening>),
+}
+
+/// The agents have not reached each other.
+#[derive(Debug)]
+pub(super) struct Unreached {
+    /// Who was to make the way.
+    pub(super) dialing: Side,
+    pub(super) error: Error,
+}
+
+/// Begins to connect the agents by so many links: what remains is to [complete](Connection::complete)
+/// it. `disk` numbers the links.
 ///
 /// # Errors
 /// When the chosen route cannot be had.
-///
-/// `disk` numbers the links, and others where the first try fails.
-pub(super) async fn connect(
+pub(super) async fn begin(
     pair: &mut Pair,
     choice: RouteChoice,
     disk: u32,
@@ -59,66 +77,106 @@ pub(super) async fn connect(
     let first = disk.saturating_mul(NUMBERS);
     let is_local = |side: &crate::host::AgentConnection| side.host().is_local();
     let has_choice = !is_local(&pair.source) && !is_local(&pair.destination);
-    match choice {
-        RouteChoice::Relay => relay(pair, first, links).await,
-        _ if pair.is_one_host() => local(pair, first, links).await,
-        RouteChoice::Auto if has_choice => {
-            let mut connection = direct(pair, first, links).await?;
-            match dialed(pair, &mut connection).await {
-                Err(Unreached { error, .. }) if is_about_the_way(&error) => {
-                    tracing::info!("no direct route: {}", error.one_line());
-                    relay(pair, first + LINKS, links).await
-                }
-                Err(Unreached { error, .. }) => Err(error),
-                Ok(()) => Ok(connection),
+    let (route, next) = match choice {
+        RouteChoice::Relay => {
+            let mut listening = Vec::new();
+            for link in numbers(first, links) {
+                listening.push(listen(pair, Side::Destination, link).await?);
             }
+            (Route::Relay, Next::Relay(listening))
         }
-        RouteChoice::Direct | RouteChoice::Auto => direct(pair, first, links).await,
-    }
-}
-
-/// The side that was to dial has not reached the other by any link.
-#[derive(Debug)]
-pub(super) struct Unreached {
-    pub(super) dialing: Side,
-    pub(super) error: Error,
-}
-
-/// Waits until the side that dials has reached the other, by one link at least: a session does
-/// without the others.
-///
-/// # Errors
-/// [`Unreached`] when it has not.
-pub(super) async fn dialed(pair: &mut Pair, connection: &mut Connection) -> Result<(), Unreached> {
-    let Some(dialing) = connection.dialing.take() else {
-        return Ok(());
+        _ if pair.is_one_host() => (Route::Local, local(pair, first, links).await?),
+        RouteChoice::Direct | RouteChoice::Auto => {
+            let (dialer, listening) = direct(pair, first, links).await?;
+            let relay = (choice == RouteChoice::Auto && has_choice).then_some(listening);
+            (
+                Route::Direct,
+                Next::Dialed(dialer, relay.unwrap_or_default()),
+            )
+        }
     };
-    let links = connection.link..connection.link + u32::from(connection.links);
-    let (mut reached, mut missed) = (false, None);
-    for _ in links.clone() {
-        // The disk may be heard of already.
-        let is_it = |said: &Control| answers(said, None) && !matches!(said, Control::Started(_));
-        match in_time(pair.answer(dialing, is_it)).await {
-            Ok(Control::Dialed(dialed)) if links.contains(&dialed.link) => reached = true,
-            Ok(answer) => {
-                let error = unexpected("dial", &answer);
-                return Err(Unreached { dialing, error });
-            }
-            Err(error) => {
-                tracing::info!("a data connection less: {}", error.one_line());
-                missed.get_or_insert(error);
-            }
+    Ok(Connection {
+        route,
+        firsts: [first; 2],
+        links,
+        version: link_version(pair),
+        relays: Vec::new(),
+        next,
+    })
+}
+
+impl Connection {
+    /// The number of the first link at one side.
+    pub(super) fn first(&self, side: Side) -> u32 {
+        match side {
+            Side::Source => self.firsts[0],
+            Side::Destination => self.firsts[1],
         }
     }
-    match missed {
-        Some(error) if !reached => {
-            let error = match connection.route {
-                Route::Direct => unreached(pair, dialing, error),
-                Route::Local | Route::Relay => error,
-            };
-            Err(Unreached { dialing, error })
+
+    /// Whether the source's end is known already.
+    pub(super) fn is_certain(&self) -> bool {
+        matches!(&self.next, Next::Dialed(_, relay) if relay.is_empty())
+    }
+
+    /// Waits until the agents have reached each other, by one link at least: a session does without
+    /// the others.
+    ///
+    /// # Errors
+    /// [`Unreached`] when they have not.
+    pub(super) async fn complete(&mut self, pair: &mut Pair) -> Result<(), Unreached> {
+        let listening = match std::mem::replace(&mut self.next, Next::Nothing) {
+            Next::Nothing => return Ok(()),
+            Next::Relay(listening) => listening,
+            Next::Dialed(dialing, listening) => match self.dialed(pair, dialing).await {
+                Err(error) if !listening.is_empty() && is_about_the_way(&error) => {
+                    tracing::info!("no direct route: {}", error.one_line());
+                    self.route = Route::Relay;
+                    self.firsts[0] += LINKS;
+                    listening
+                }
+                dialed => return dialed.map_err(|error| Unreached { dialing, error }),
+            },
+        };
+        let dialing = Side::Source;
+        let relayed = self.relay(pair, &listening).await;
+        relayed.map_err(|error| Unreached { dialing, error })
+    }
+
+    async fn dialed(&self, pair: &mut Pair, dialing: Side) -> Result<()> {
+        let links = self.first(dialing)..self.first(dialing) + u32::from(self.links);
+        let (mut reached, mut missed) = (false, None);
+        for _ in links.clone() {
+            // The disk may be heard of already.
+            let is_it =
+                |said: &Control| answers(said, None) && !matches!(said, Control::Started(_));
+            match in_time(pair.answer(dialing, is_it)).await {
+                Ok(Control::Dialed(dialed)) if links.contains(&dialed.link) => reached = true,
+                Ok(answer) => return Err(unexpected("dial", &answer)),
+                Err(error) => {
+                    tracing::info!("a data connection less: {}", error.one_line());
+                    missed.get_or_insert(error);
+                }
+            }
         }
-        _ => Ok(()),
+        match (missed, self.route) {
+            (Some(error), Route::Direct) if !reached => Err(unreached(pair, dialing, error)),
+            (Some(error), Route::Local | Route::Relay) if !reached => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts this program between the two.
+    async fn relay(&mut self, pair: &mut Pair, listening: &[Listening]) -> Result<()> {
+        let versions = Versions::only(self.version);
+        let first = self.first(Side::Source);
+        for (link, destination) in numbers(first, self.links).zip(listening) {
+            let source = listen(pair, Side::Source, link).await?;
+            let ends = [(&pair.source, &source), (&pair.destination, destination)];
+            let relay = Relay::start(ends, versions, way(first, link)).await?;
+            self.relays.push(relay);
+        }
+        Ok(())
     }
 }
 
@@ -147,16 +205,16 @@ fn is_about_the_way(error: &Error) -> bool {
     )
 }
 
-async fn local(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
+async fn local(pair: &mut Pair, first: u32, links: u16) -> Result<Next> {
     for link in numbers(first, links) {
         let listening = listen(pair, Side::Destination, link).await?;
         dial(pair, Side::Source, Vec::new(), Vec::new(), &listening).await?;
     }
-    let dialing = Some(Side::Source);
-    Ok(Connection::new(pair, Route::Local, first, links, dialing))
+    Ok(Next::Dialed(Side::Source, Vec::new()))
 }
 
-async fn direct(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
+/// Has one side reach the other: gives back which, and what the other listens on.
+async fn direct(pair: &mut Pair, first: u32, links: u16) -> Result<(Side, Vec<Listening>)> {
     let (listener, dialer) = if pair.destination.host().is_local() {
         (Side::Source, Side::Destination)
     } else {
@@ -167,6 +225,7 @@ async fn direct(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
         let agent = pair.side(listener);
         (agent.host().clone(), agent.agent_path().clone())
     };
+    let mut all = Vec::new();
     for link in numbers(first, links) {
         let listening = listen(pair, listener, link).await?;
         let (command, known_hosts) = if dialer_is_local {
@@ -177,35 +236,9 @@ async fn direct(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
             host.dial_command(&path, &listening.name).await?
         };
         dial(pair, dialer, command, known_hosts, &listening).await?;
+        all.push(listening);
     }
-    let dialing = Some(dialer);
-    Ok(Connection::new(pair, Route::Direct, first, links, dialing))
-}
-
-async fn relay(pair: &mut Pair, first: u32, links: u16) -> Result<Connection> {
-    let mut connection = Connection::new(pair, Route::Relay, first, links, None);
-    let versions = Versions::only(connection.version);
-    for link in numbers(first, links) {
-        let source = listen(pair, Side::Source, link).await?;
-        let destination = listen(pair, Side::Destination, link).await?;
-        let ends = [(&pair.source, &source), (&pair.destination, &destination)];
-        let relay = Relay::start(ends, versions, way(first, link)).await?;
-        connection.relays.push(relay);
-    }
-    Ok(connection)
-}
-
-impl Connection {
-    fn new(pair: &Pair, route: Route, link: u32, links: u16, dialing: Option<Side>) -> Self {
-        Self {
-            route,
-            link,
-            links,
-            version: link_version(pair),
-            relays: Vec::new(),
-            dialing,
-        }
-    }
+    Ok((dialer, all))
 }
 
 fn numbers(first: u32, links: u16) -> impl Iterator<Item = u32> {
@@ -235,7 +268,7 @@ async fn listen(pair: &mut Pair, side: Side, link: u32) -> Result<Listening> {
     }
 }
 
-/// Has a side reach the other. It has not done so yet: see [`dialed`].
+/// Has a side reach the other. It has not done so yet: see [`Connection::complete`].
 async fn dial(
     pair: &mut Pair,
     side: Side,

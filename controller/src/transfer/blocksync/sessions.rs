@@ -126,26 +126,27 @@ impl<'a, 'b> Sessions<'a, 'b> {
         let request = self.jobs[at].request;
         let choice = self.route.unwrap_or(request.options.route);
         let streams = self.streams(at);
-        let mut connection = route::connect(self.pair, choice, number(at), streams).await?;
-        if connection.route == Route::Relay {
-            self.route = Some(RouteChoice::Relay);
-        }
+        let mut connection = route::begin(self.pair, choice, number(at), streams).await?;
         let params = self.params(at)?;
-        let sides = [
-            (Side::Destination, Role::Receiver),
-            (Side::Source, Role::Sender),
-        ];
         // The destination is read while the agents still look for each other.
-        for (side, role) in sides {
-            let start = start(request, number(at), &connection, role, params);
-            self.pair.tell(side, &start).await?;
+        self.tell(at, &connection, Side::Destination, params)
+            .await?;
+        let is_certain = connection.is_certain();
+        if is_certain {
+            self.tell(at, &connection, Side::Source, params).await?;
         }
-        if let Err(failure) = route::dialed(self.pair, &mut connection).await {
+        if let Err(failure) = connection.complete(self.pair).await {
             let Unreached { dialing, error } = failure;
             let reason = self.pair.reason(dialing, number(at)).await;
             return Err(reason.unwrap_or(error));
         }
-        for (side, _) in sides {
+        if !is_certain {
+            self.tell(at, &connection, Side::Source, params).await?;
+        }
+        if connection.route == Route::Relay {
+            self.route = Some(RouteChoice::Relay);
+        }
+        for side in [Side::Destination, Side::Source] {
             self.started(at, side).await?;
         }
         let result = &mut self.jobs[at].result;
@@ -159,6 +160,19 @@ impl<'a, 'b> Sessions<'a, 'b> {
         };
         self.running.insert(at, running);
         Ok(())
+    }
+
+    /// Has a side start.
+    async fn tell(
+        &mut self,
+        at: usize,
+        connection: &Connection,
+        side: Side,
+        params: SessionParams,
+    ) -> Result<()> {
+        let request = self.jobs[at].request;
+        let start = start(request, number(at), connection, side, params);
+        self.pair.tell(side, &start).await
     }
 
     /// Waits until a side has started.
@@ -361,29 +375,27 @@ fn start(
     request: &Request,
     disk: u32,
     connection: &Connection,
-    role: Role,
+    side: Side,
     params: SessionParams,
 ) -> Start {
     let options = &request.options;
     let stage_dir = options.stage_dir.as_ref();
+    let of_sender = side == Side::Source;
     Start {
         disk,
-        link: connection.link,
+        link: connection.first(side),
         links: connection.links,
-        role,
+        role: match side {
+            Side::Source => Role::Sender,
+            Side::Destination => Role::Receiver,
+        },
         params,
         compression: options.compression,
-        rate_limit: match role {
-            Role::Sender => options.bandwidth_limit.unwrap_or(0),
-            Role::Receiver => 0,
-        },
+        rate_limit: options.bandwidth_limit.filter(|_| of_sender).unwrap_or(0),
         apply: options.apply,
         stage_dir: stage_dir.map_or_else(Vec::new, |path| path.as_os_str().as_bytes().to_vec()),
         full_scan: options.full_scan,
-        keep_sent: match role {
-            Role::Sender => options.keep_sent,
-            Role::Receiver => None,
-        },
+        keep_sent: options.keep_sent.filter(|_| of_sender),
         io: options.io,
         nice: options.nice,
         read_limit: options.read_limit.unwrap_or(0),

@@ -256,12 +256,20 @@ fn an_agent_that_was_cut_short_is_replaced() {
 
 #[test]
 fn a_script_of_the_agents_size_in_its_place_is_replaced() {
-    a_spoilt_agent_is_replaced(|path| {
-        let size = usize::try_from(fs::metadata(path).unwrap().len()).unwrap();
-        let mut script = b"#!/bin/sh\nexit 0\n".to_vec();
-        script.resize(size, b'#');
-        fs::write(path, script).unwrap();
-    });
+    a_spoilt_agent_is_replaced(|path| put_in_its_place(path, "exit 0"));
+}
+
+/// ssh ends with the same as for a host that it does not reach.
+#[test]
+fn what_a_signal_ends_in_its_place_is_replaced() {
+    a_spoilt_agent_is_replaced(|path| put_in_its_place(path, "kill -SEGV $$"));
+}
+
+fn put_in_its_place(path: &Path, command: &str) {
+    let size = usize::try_from(fs::metadata(path).unwrap().len()).unwrap();
+    let mut script = format!("#!/bin/sh\n{command}\n").into_bytes();
+    script.resize(size, b'#');
+    fs::write(path, script).unwrap();
 }
 
 #[test]

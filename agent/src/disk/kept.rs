@@ -96,6 +96,8 @@ struct Header {
     #[serde(with = "super::names::path_bytes")]
     disk: PathBuf,
     keeps: Keeps,
+    /// It is read for that, not written.
+    is_source: bool,
     /// What they describe.
     version: Option<Described>,
 }
@@ -138,8 +140,11 @@ impl Belief {
 }
 
 impl Header {
-    /// Where a copy of the disk lies, if there is one.
+    /// Where a copy of a source lies, if there is one.
     fn copy(&self) -> Option<PathBuf> {
+        if !self.is_source {
+            return None;
+        }
         Some(Names::of_file(&self.disk)?.sent(&pair(&self.keeps)))
     }
 }
@@ -169,6 +174,7 @@ impl Kept {
         let header = Header {
             disk: disk.to_owned(),
             keeps,
+            is_source: source.is_some(),
             version: None,
         };
         let (file, slots, found) = match open_found(&path, &header) {
@@ -301,7 +307,7 @@ impl Kept {
         let left = self.copy_of(image, min_free);
         // What proves this run's blocks is open, and needs no name.
         if !matches!(left, Ok(Sent::Old(_) | Sent::New { .. })) {
-            self.remove_copy();
+            remove_copy(&self.header().1);
         }
         left
     }
@@ -317,12 +323,6 @@ impl Kept {
                 sent: Some(stamp), ..
             })) if is_still(&path, stamp) => Ok(Sent::Old(*stamp)),
             _ => Sent::make(image, path),
-        }
-    }
-
-    fn remove_copy(&self) {
-        if let Some(path) = self.header().1.copy().filter(|_| !only_reads()) {
-            let _ = remove(&path);
         }
     }
 
@@ -342,9 +342,8 @@ impl Kept {
                 .and_then(|()| self.describe(&mut header, version)),
             _ => Err(io::ErrorKind::Other.into()),
         };
-        drop(header);
         if recorded.is_err() {
-            self.remove_copy();
+            remove_copy(&header.1);
             let _ = remove(&self.path);
         }
     }
@@ -571,7 +570,15 @@ fn open_found(path: &Path, wanted: &Header) -> Option<(DiskFile, Slots, Header)>
     let file = DiskFile::open(path).ok()?;
     file.as_file().try_lock().ok()?;
     let (slots, found) = Slots::open::<Header>(&file, FORMAT).ok()?;
-    (found.disk == wanted.disk && found.keeps == wanted.keeps).then_some((file, slots, found))
+    if found.disk != wanted.disk || found.keeps != wanted.keeps {
+        return None;
+    }
+    // What was a source may be a destination now: digests are digests, but a copy is of no use.
+    if !wanted.is_source {
+        remove_copy(&found);
+    }
+    let is_source = wanted.is_source;
+    Some((file, slots, Header { is_source, ..found }))
 }
 
 fn make(path: &Path, header: &Header) -> io::Result<(DiskFile, Slots, Header)> {
@@ -604,11 +611,16 @@ fn make_room(directory: &Path, disk: &Path) {
 
 /// Removes digests, and the copy that they belong to.
 fn forget(path: &Path) {
-    let copy = header(path).and_then(|(_, header)| header.copy());
-    if let Some(copy) = copy.filter(|_| !only_reads()) {
-        let _ = remove(&copy);
+    if let Some((_, header)) = header(path) {
+        remove_copy(&header);
     }
     let _ = remove(path);
+}
+
+fn remove_copy(of: &Header) {
+    if let Some(copy) = of.copy().filter(|_| !only_reads()) {
+        let _ = remove(&copy);
+    }
 }
 
 /// Whether the disk is gone, and no run is at it: one that is being made has no name yet.

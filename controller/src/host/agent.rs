@@ -400,16 +400,7 @@ async fn read_preamble(session: &mut Session) -> Result<Preamble, StartFailure> 
             }
         }
         if !session.output.fill().await.map_err(StartFailure::Host)? {
-            let error = session.no_agent().await;
-            let by_ssh = matches!(
-                error.code(),
-                ErrorCode::HostUnreachable | ErrorCode::HostKey | ErrorCode::Auth
-            );
-            return Err(if by_ssh {
-                StartFailure::Host(error)
-            } else {
-                StartFailure::Agent(error)
-            });
+            return Err(StartFailure::Agent(session.no_agent().await));
         }
     }
 }

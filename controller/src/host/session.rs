@@ -40,6 +40,8 @@ pub(super) struct Session {
     pub(super) output: SessionOutput,
     /// What the login shell printed by itself.
     pub(super) noise: Vec<u8>,
+    /// The script has said what it starts.
+    is_greeted: bool,
 }
 
 /// The reading half, with all that is needed to say why it ended.
@@ -80,6 +82,7 @@ impl Session {
             stdin,
             output,
             noise: Vec::new(),
+            is_greeted: false,
         })
     }
 
@@ -103,6 +106,7 @@ impl Session {
                 };
                 let start = find(input, marker).unwrap_or_default();
                 self.noise = input[..start].trim_ascii().to_vec();
+                self.is_greeted = true;
                 self.output
                     .buffer
                     .advance(start + marker.len() + line.len() + 1);
@@ -138,7 +142,10 @@ impl Session {
     pub(super) async fn no_agent(&mut self) -> Error {
         let came = self.output.buffer.split();
         let (status, stderr) = self.output.ended().await;
-        if matches!(self.host.spec(), HostSpec::Ssh(_))
+        // What a signal ends on the host, ssh ends with the same as a host that it does not reach.
+        let by_signal = self.is_greeted && stderr.trim().is_empty();
+        if !by_signal
+            && matches!(self.host.spec(), HostSpec::Ssh(_))
             && status.and_then(|s| s.code()) == Some(SSH_FAILED)
         {
             return self.host.classify(&stderr);

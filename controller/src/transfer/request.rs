@@ -189,9 +189,10 @@ impl Options {
             _ if by_programs && self.read_limit.is_some() => {
                 ("keep --read-limit", "--method blocksync can")
             }
-            _ if by_programs && self.keep_sent.is_some() => {
-                ("--keep-sent", "--method blocksync can")
-            }
+            _ if by_programs && self.keep_sent.is_some() => (
+                "leave a copy for the next run (--keep-sent)",
+                "--method blocksync can",
+            ),
             // sftp at the other end is sshd's.
             MethodChoice::Libvirt if self.nice => (
                 "be --nice on both hosts",
@@ -232,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_method_that_cannot_spare_the_guests_is_refused() {
+    fn a_method_that_cannot_spare_the_guests_or_keep_a_copy_is_refused() {
         use MethodChoice::{Auto, Blocksync, Libvirt, Rsync};
         let check = |nice, read_limit, method| {
             let options = Options {
@@ -251,5 +252,12 @@ mod tests {
             assert_eq!(check(false, Some(1), method), Err(2));
             assert_eq!(check(false, None, method), Ok(()));
         }
+        let keeping = Options {
+            keep_sent: Some(0),
+            ..Options::default()
+        };
+        let methods = [Auto, Blocksync, Rsync, Libvirt];
+        let refused = methods.map(|method| keeping.check(method).is_err());
+        assert_eq!(refused, [false, false, true, true]);
     }
 }

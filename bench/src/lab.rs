@@ -229,13 +229,16 @@ impl Lab {
     /// Has the source sent as it was, and then become what it is.
     fn leave_copy(&self, case: Case, tool: Tool) -> Result<()> {
         let source = &self.paths.source;
-        self.layout.change(source, case, Version::Old)?;
-        thread::sleep(QUIET);
+        let make = |version| {
+            self.layout.change(source, case, version)?;
+            thread::sleep(QUIET);
+            Ok::<_, anyhow::Error>(())
+        };
+        make(Version::Old)?;
         let mut sync = tool.command(case, &self.paths)?;
         self.link
             .at_source(|| measure::run(&mut sync, &self.paths.outputs))?;
-        self.layout.change(source, case, Version::New)?;
-        thread::sleep(QUIET);
+        make(Version::New)?;
         if self.cold {
             drop_caches()
         } else {

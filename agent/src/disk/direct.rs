@@ -54,12 +54,12 @@ impl Image {
     /// Reads `len` bytes from `offset` on, which is aligned, past the page cache. What lies beyond
     /// the end of the file is left out: returns how much was there. `None` where this cannot be
     /// done, or failed: an ordinary read knows which byte it failed at.
-    pub(super) fn read_direct<'b>(
+    pub(super) fn read_direct(
         &self,
         offset: u64,
         len: usize,
-        memory: &'b mut Aligned,
-    ) -> Option<&'b mut [u8]> {
+        memory: &mut Aligned,
+    ) -> Option<usize> {
         let file = self.direct()?;
         let bytes = memory.bytes().get_mut(..len.next_multiple_of(ALIGN))?;
         let mut filled = 0;
@@ -78,7 +78,7 @@ impl Image {
                 break;
             }
         }
-        Some(&mut bytes[..filled.min(len)])
+        Some(filled.min(len))
     }
 }
 

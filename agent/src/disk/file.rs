@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
+use nix::sys::statvfs::fstatvfs;
 use nix::unistd::linkat;
 
 use super::call::{Op, call, call_with};
@@ -93,6 +94,12 @@ impl DiskFile {
 
     pub(super) fn metadata(&self) -> io::Result<Metadata> {
         self.file.metadata()
+    }
+
+    /// Bytes that the file system has for this user's files.
+    pub(super) fn free_space(&self) -> io::Result<u64> {
+        let found = fstatvfs(&self.file)?;
+        Ok(found.blocks_available() * found.fragment_size())
     }
 
     /// Reads some bytes, at least one unless the end is reached.

@@ -29,7 +29,6 @@ use kvm_clone_protocol::digest::{Content, DIGEST_LEN};
 use kvm_clone_protocol::message::Keeps;
 use kvm_clone_protocol::sync::{content_at, push_content};
 use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
-use nix::sys::statvfs::fstatvfs;
 use serde::{Deserialize, Serialize};
 
 use super::confinement::{only_reads, reach};
@@ -37,7 +36,7 @@ use super::file::DiskFile;
 use super::image::Image;
 use super::kernel::entries;
 use super::names::{Names, remove};
-use super::sent::{Proof, Sent, check_room, is_still};
+use super::sent::{Proof, Sent, check_room, open_unchanged};
 use super::slots::{Format, Slots, checksum};
 use super::stamp::Stamp;
 use super::state;
@@ -184,8 +183,7 @@ impl Kept {
                 make(&path, &header).ok()?
             }
         };
-        let found_of = |now| Belief::new(&found, now, source);
-        let belief = now.and_then(found_of);
+        let belief = now.and_then(|now| Belief::new(&found, now, source));
         let (believed, is_resized) = belief.as_ref().map_or((0, false), |belief| {
             let size = belief.size();
             (alike(size, geometry), size != geometry.size())
@@ -306,7 +304,7 @@ impl Kept {
     pub(crate) fn leave(&self, image: &Image, min_free: Option<u64>) -> Result<Sent, Failure> {
         let left = self.copy_of(image, min_free);
         // What proves this run's blocks is open, and needs no name.
-        if !matches!(left, Ok(Sent::Old(_) | Sent::New { .. })) {
+        if matches!(left, Ok(Sent::None) | Err(_)) {
             remove_copy(&self.header().1);
         }
         left
@@ -321,7 +319,7 @@ impl Kept {
         match &self.belief {
             Some(Belief::Same(Described {
                 sent: Some(stamp), ..
-            })) if is_still(&path, stamp) => Ok(Sent::Old(*stamp)),
+            })) if open_unchanged(&path, stamp).is_some() => Ok(Sent::Old(*stamp)),
             _ => Sent::make(image, path),
         }
     }
@@ -371,8 +369,7 @@ impl Kept {
     }
 
     fn check_room(&self) -> io::Result<()> {
-        let found = fstatvfs(self.file.as_file())?;
-        match found.blocks_available() * found.fragment_size() {
+        match self.file.free_space()? {
             free if free >= MIN_FREE => Ok(()),
             _ => Err(io::ErrorKind::StorageFull.into()),
         }

@@ -138,7 +138,7 @@ impl Image {
         missing: Missing,
     ) -> Option<&'b mut [u8]> {
         let len = usize::try_from(len).ok()?;
-        let read = self.read_direct(offset, len, memory)?.len();
+        let read = self.read_direct(offset, len, memory)?;
         if read < len && missing == Missing::Error {
             return None;
         }

@@ -124,8 +124,7 @@ impl<'a> Direct<'a> {
         buffer: &'b mut Aligned,
     ) -> Result<&'b [u8], Failure> {
         let (offset, len) = (index * BLOCK_SIZE, geometry.block_len(index));
-        let direct = self.0.read_direct(offset, len, buffer);
-        let read = match direct.map(|bytes| bytes.len()) {
+        let read = match self.0.read_direct(offset, len, buffer) {
             Some(read) => read,
             None => {
                 let bytes = &mut buffer.bytes()[..len];

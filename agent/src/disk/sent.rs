@@ -18,7 +18,6 @@ use std::sync::Arc;
 
 use kvm_clone_protocol::message::FailureCode;
 use kvm_clone_protocol::units::BlockRun;
-use nix::sys::statvfs::fstatvfs;
 
 use super::confinement::{only_reads, reach};
 use super::file::DiskFile;
@@ -59,9 +58,10 @@ pub(super) fn check_room(
         (found.dev() == own.dev()).then(|| found.blocks() * SECTOR)
     };
     let kept = others.filter_map(allocated).sum::<u64>() + own.blocks() * SECTOR;
-    let found = fstatvfs(image.file.as_file())
-        .map_err(|error| image.failed("looking for space beside", &error.into()))?;
-    let free = found.blocks_available() * found.fragment_size();
+    let free = image
+        .file
+        .free_space()
+        .map_err(|error| image.failed("looking for space beside", &error))?;
     if free >= kept.saturating_add(min_free) {
         return Ok(());
     }
@@ -72,9 +72,10 @@ pub(super) fn check_room(
     Err(Failure::new(FailureCode::NoSpace, message))
 }
 
-/// Whether the file at `path` is what it was when its stamp was taken.
-pub(super) fn is_still(path: &Path, stamp: &Stamp) -> bool {
-    DiskFile::open(path).is_ok_and(|file| Stamp::of(file.as_file()).as_ref() == Some(stamp))
+/// The file at `path`, if it is still what it was when its stamp was taken.
+pub(super) fn open_unchanged(path: &Path, stamp: &Stamp) -> Option<DiskFile> {
+    let file = DiskFile::open(path).ok()?;
+    (Stamp::of(file.as_file()).as_ref() == Some(stamp)).then_some(file)
 }
 
 impl Sent {
@@ -118,10 +119,9 @@ pub(super) struct Proof {
 impl Proof {
     /// By the copy at `path`, if it is still what it was when its stamp was taken.
     pub(super) fn new(source: &Arc<Image>, path: &Path, stamp: &Stamp) -> Option<Self> {
-        let copy = DiskFile::open(path).ok()?;
-        (Stamp::of(copy.as_file()).as_ref() == Some(stamp)).then(|| Self {
+        Some(Self {
             source: Arc::clone(source),
-            copy,
+            copy: open_unchanged(path, stamp)?,
             size: stamp.size(),
         })
     }

@@ -3,17 +3,14 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use kvm_clone_tests::host::Host;
 use kvm_clone_tests::image::{self, BLOCK, MIB};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
-use kvm_clone_tests::process::wait_for;
-use nix::sys::signal::Signal;
 
-use crate::pair::{Pair, read, rest, trusted};
+use crate::pair::{Pair, assert_changed, read, rest, trusted};
 use crate::tricks::TRICKS;
 
 fn what_did_not_change_is_not_read(kind: Kind, by: Journey, options: &[&str]) {
@@ -73,11 +70,7 @@ fn a_source_that_changed_in_secret_is_read() {
         pair.is_proven();
         trick(&pair.from);
         let outcome = pair.sync();
-        assert!(
-            outcome.number("blocks_changed") > 0,
-            "{what}: {}",
-            outcome.run
-        );
+        assert_changed(&outcome, what);
         rest(&pair.from);
         pair.sync();
     }
@@ -91,11 +84,7 @@ fn a_destination_that_changed_in_secret_is_read() {
         pair.is_proven();
         trick(&pair.to);
         let outcome = pair.sync();
-        assert!(
-            outcome.number("blocks_changed") > 0,
-            "{what}: {}",
-            outcome.run
-        );
+        assert_changed(&outcome, what);
     }
 }
 
@@ -172,14 +161,7 @@ fn a_run_that_broke_off_leaves_no_digests() {
         pair.is_proven();
         image::change_blocks(&pair.from, 2, 10 + turn);
         rest(&pair.from);
-        let options = ["--bandwidth-limit", "1M"];
-        let running = lab.start_disk("sync", pair.by, &pair.from, &pair.to, &options);
-        wait_for("a part of the run", Duration::from_secs(30), || {
-            (running.elapsed() > Duration::from_secs(2)).then_some(())
-        });
-        running.signal(Signal::SIGKILL);
-        assert!(running.wait().code() != Some(0));
-        lab.wait_until_quiet();
+        pair.break_off();
         let outcome = pair.sync();
         assert_eq!(outcome.json["resumed"], true, "{}", outcome.run);
         pair.is_proven();

@@ -10,6 +10,7 @@ use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::Lab;
 use kvm_clone_tests::outcome::Outcome;
 use kvm_clone_tests::process::wait_for;
+use nix::sys::signal::Signal;
 
 /// A source is believed to be what it was once it has been left alone for so long.
 const AGE: Duration = Duration::from_secs(2);
@@ -63,6 +64,20 @@ impl<'a> Pair<'a> {
         self.lab.sync(self.by, &self.from, &self.to, self.options)
     }
 
+    /// A sync that is killed when a part of it has been done.
+    pub(crate) fn break_off(&self) {
+        let slow = [self.options, &["--bandwidth-limit", "1M"]].concat();
+        let running = self
+            .lab
+            .start_disk("sync", self.by, &self.from, &self.to, &slow);
+        wait_for("a part of the run", Duration::from_secs(30), || {
+            (running.elapsed() > Duration::from_secs(2)).then_some(())
+        });
+        running.signal(Signal::SIGKILL);
+        assert!(running.wait().code() != Some(0));
+        self.lab.wait_until_quiet();
+    }
+
     /// A sync that reads neither disk.
     pub(crate) fn is_proven(&self) {
         let outcome = self.sync();
@@ -96,4 +111,10 @@ pub(crate) fn rest(path: &Path) {
             .ok()?;
         (age > AGE + Duration::from_secs(1)).then_some(())
     });
+}
+
+/// Claims that a change was seen.
+pub(crate) fn assert_changed(outcome: &Outcome, what: &str) {
+    let changed = outcome.number("blocks_changed");
+    assert!(changed > 0, "{what}: {}", outcome.run);
 }

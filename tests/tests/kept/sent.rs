@@ -4,17 +4,15 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use kvm_clone_tests::image::{self, BLOCK, MIB};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::outcome::Outcome;
-use kvm_clone_tests::process::{tool, wait_for};
-use nix::sys::signal::Signal;
+use kvm_clone_tests::process::tool;
 
-use crate::pair::{Pair, read, rest, trusted};
+use crate::pair::{Pair, assert_changed, read, rest, trusted};
 use crate::tricks::{TRICKS, overwrite, set_modified};
 
 const KEEP: &[&str] = &["--keep-sent=0"];
@@ -123,11 +121,7 @@ fn a_source_that_changed_in_secret_is_read_where_it_did() {
         let pair = kept(&lab, "disk");
         for (what, trick) in TRICKS {
             let outcome = sync_after(&pair, trick);
-            assert!(
-                outcome.number("blocks_changed") > 0,
-                "{what}: {}",
-                outcome.run
-            );
+            assert_changed(&outcome, what);
             pair.is_proven();
         }
     }
@@ -300,14 +294,7 @@ fn a_run_that_broke_off_leaves_no_further_copy_and_proves_nothing() {
     let pair = kept(&lab, "disk");
     image::change_blocks(&pair.from, 2, 10);
     rest(&pair.from);
-    let options = ["--bandwidth-limit", "1M", "--keep-sent=0"];
-    let running = lab.start_disk("sync", pair.by, &pair.from, &pair.to, &options);
-    wait_for("a part of the run", Duration::from_secs(30), || {
-        (running.elapsed() > Duration::from_secs(2)).then_some(())
-    });
-    running.signal(Signal::SIGKILL);
-    assert!(running.wait().code() != Some(0));
-    lab.wait_until_quiet();
+    pair.break_off();
     assert!(copies(&pair).len() <= 1);
     let outcome = pair.sync();
     assert_eq!(outcome.json["resumed"], true, "{}", outcome.run);

@@ -28,7 +28,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
@@ -67,8 +67,9 @@ struct Inner {
     spec: HostSpec,
     options: Arc<SshOptions>,
     resolved: OnceCell<Resolved>,
-    /// Where the control connection listens, once there is one.
-    socket: Mutex<Option<Arc<ControlSocket>>>,
+    /// Where control connections listen; the last one is used. All stay for as long as the host: two
+    /// disks of one host have one each, which may yet have to come up.
+    sockets: Mutex<Vec<Arc<ControlSocket>>>,
     /// The control connection that holds no agent, once it was asked for; `None` where there
     /// cannot be one.
     shared: OnceCell<Option<SharedConnection>>,
@@ -143,7 +144,7 @@ impl Host {
             spec,
             options,
             resolved: OnceCell::new(),
-            socket: Mutex::new(None),
+            sockets: Mutex::default(),
             shared: OnceCell::new(),
         };
         Self {
@@ -202,20 +203,17 @@ impl Host {
         let argv = self
             .script_argv(script, Sharing::Master(socket.path()))
             .await?;
-        *self
-            .inner
-            .socket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(socket));
+        self.sockets().push(Arc::new(socket));
         Ok(ssh::shielded(&argv))
     }
 
     fn socket(&self) -> Option<Arc<ControlSocket>> {
-        self.inner
-            .socket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.sockets().last().cloned()
+    }
+
+    fn sockets(&self) -> MutexGuard<'_, Vec<Arc<ControlSocket>>> {
+        let locked = self.inner.sockets.lock();
+        locked.unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn script_argv(&self, script: &str, sharing: Sharing<'_>) -> Result<Vec<OsString>> {

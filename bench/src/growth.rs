@@ -1,5 +1,6 @@
 //! How time, memory and traffic of blocksync grow, with one thing at a time: the size of a disk
-//! that is nearly all holes, its data, the share of it that changed, the distance.
+//! that is nearly all holes, its data, the share of it that changed, the distance, and the number
+//! of a VM's disks.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use clap::{Args, ValueEnum};
 
 use crate::case::Case;
 use crate::image::Layout;
-use crate::lab::{Lab, check_space};
+use crate::lab::{Lab, Outcome, check_space};
 use crate::link::Link;
 use crate::machine;
 use crate::plot::{self, Curve, Panel, Scale};
@@ -18,6 +19,7 @@ use crate::samples::{Figure, Key, Samples};
 use crate::setup::Setup;
 use crate::size::Size;
 use crate::tool::Tool;
+use crate::vm::VmLab;
 use crate::volume::Volume;
 
 /// The data of a disk whose size grows, whatever its size.
@@ -28,6 +30,9 @@ const VOLUME_SIZE: Size = Size(2 << 30);
 
 /// The disks, all data, of which the changed share or the distance grows.
 const DENSE: Size = Size(512 << 20);
+
+/// Each of the disks, all data, whose number grows.
+const EACH: Size = Size(128 << 20);
 
 /// The runs at each step, but where the share of change itself grows.
 const RUNS: [(Case, Tool); 4] = [
@@ -55,6 +60,9 @@ pub(crate) struct Options {
     /// Steps of the round trip, in milliseconds
     #[arg(long, value_delimiter = ',', default_value = "0,20,50,100")]
     round_trips: Vec<u64>,
+    /// Steps of the number of disks, 8 at most
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8")]
+    disks: Vec<u8>,
     /// Also draw each table, as DIR/growth-PART.svg
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
@@ -69,6 +77,7 @@ impl Options {
             data: vec![Size::MIB * 8],
             changes: Vec::new(),
             round_trips: Vec::new(),
+            disks: Vec::new(),
             plots: None,
         }
     }
@@ -92,6 +101,8 @@ enum Part {
     Change,
     /// The round trip
     Delay,
+    /// The number of a VM's disks (needs root and libvirt)
+    Disks,
 }
 
 impl Part {
@@ -101,6 +112,7 @@ impl Part {
             Self::Data => "Data of a disk without holes".to_owned(),
             Self::Change => format!("Share that changed of a disk with {DENSE} of data"),
             Self::Delay => format!("Round trip, a disk with {DENSE} of data"),
+            Self::Disks => format!("Number of a VM's disks, each with {EACH} of data"),
         }
     }
 
@@ -110,6 +122,7 @@ impl Part {
             Self::Data => "data",
             Self::Change => "changed",
             Self::Delay => "round trip",
+            Self::Disks => "disks",
         }
     }
 
@@ -119,6 +132,7 @@ impl Part {
             Self::Size | Self::Data => "GiB",
             Self::Change => "%",
             Self::Delay => "ms",
+            Self::Disks => "",
         }
     }
 
@@ -126,7 +140,7 @@ impl Part {
     fn scale(self) -> Scale {
         match self {
             Self::Size | Self::Data => Scale::Log,
-            Self::Change | Self::Delay => Scale::Linear,
+            Self::Change | Self::Delay | Self::Disks => Scale::Linear,
         }
     }
 }
@@ -137,6 +151,7 @@ enum Step {
     Bytes(Size),
     Percent(u8),
     RoundTripMs(u64),
+    Disks(u8),
 }
 
 impl Step {
@@ -145,6 +160,7 @@ impl Step {
             Self::Bytes(size) => size.0 as f64 / (1u64 << 30) as f64,
             Self::Percent(percent) => percent.into(),
             Self::RoundTripMs(ms) => ms as f64,
+            Self::Disks(disks) => disks.into(),
         }
     }
 }
@@ -155,6 +171,7 @@ impl fmt::Display for Step {
             Self::Bytes(size) => size.fmt(f),
             Self::Percent(percent) => write!(f, "{percent}%"),
             Self::RoundTripMs(ms) => write!(f, "{ms} ms"),
+            Self::Disks(disks) => disks.fmt(f),
         }
     }
 }
@@ -211,6 +228,7 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> Result<Report> {
             Part::Data => growth.by_data(&options.data)?,
             Part::Change => growth.by_change(&options.changes)?,
             Part::Delay => growth.by_delay(&options.round_trips)?,
+            Part::Disks => growth.by_disks(&options.disks)?,
         }
     }
     let samples = growth.samples;
@@ -269,6 +287,22 @@ impl Growth {
         Ok(())
     }
 
+    fn by_disks(&mut self, disks: &[u8]) -> Result<()> {
+        for &disks in disks {
+            let layout = Layout::new(EACH, 1.0)?;
+            let Some(lab) = VmLab::new(&self.setup.controller()?, layout, disks)? else {
+                self.samples
+                    .note("the number of disks was left out".to_owned());
+                return Ok(());
+            };
+            let step = Step::Disks(disks);
+            self.each(Part::Disks, step, &RUNS, |case, tool| {
+                lab.measure(case, tool)
+            });
+        }
+        Ok(())
+    }
+
     fn dense_lab(&self, size: Size) -> Result<Lab> {
         let layout = Layout::new(size, 1.0)?;
         check_space(&self.setup.dir, layout, layout.size())?;
@@ -276,8 +310,21 @@ impl Growth {
     }
 
     fn step(&mut self, lab: &Lab, part: Part, step: Step, runs: &[(Case, Tool)]) -> Result<()> {
+        for &run in runs {
+            lab.prepare(run.0)?;
+            self.each(part, step, &[run], |case, tool| lab.measure(case, tool));
+        }
+        Ok(())
+    }
+
+    fn each(
+        &mut self,
+        part: Part,
+        step: Step,
+        runs: &[(Case, Tool)],
+        measure: impl Fn(Case, Tool) -> Result<Outcome>,
+    ) {
         for &(case, tool) in runs {
-            lab.prepare(case)?;
             let entry = Entry {
                 part,
                 step,
@@ -285,9 +332,8 @@ impl Growth {
                 tool,
             };
             let samples = &mut self.samples;
-            samples.take(&entry, self.setup.runs, || lab.measure(case, tool));
+            samples.take(&entry, self.setup.runs, || measure(case, tool));
         }
-        Ok(())
     }
 }
 
@@ -319,7 +365,10 @@ fn draw(dir: &Path, parts: &[Part], samples: &Samples<Entry>) -> Result<()> {
         });
         let name = part.to_possible_value().expect("no part is hidden");
         let path = dir.join(format!("growth-{}.svg", name.get_name()));
-        let across = format!("{}, {}", part.axis(), part.unit());
+        let across = match part.unit() {
+            "" => part.axis().to_owned(),
+            unit => format!("{}, {unit}", part.axis()),
+        };
         plot::draw(&path, &across, part.scale(), &panels)?;
     }
     Ok(())

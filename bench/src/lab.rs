@@ -23,7 +23,7 @@ use crate::tool::{SyncResult, Tool, isolated, remote};
 use crate::volume::Volume;
 
 /// A source must have been left alone for two seconds to be told by its times.
-const QUIET: Duration = Duration::from_millis(2500);
+pub(crate) const QUIET: Duration = Duration::from_millis(2500);
 
 /// Where everything lies, for the tools' command lines.
 #[derive(Debug)]

@@ -36,6 +36,7 @@ mod setup;
 mod size;
 mod sshd;
 mod tool;
+mod vm;
 mod volume;
 
 use std::fmt::Display;

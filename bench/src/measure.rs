@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::process;
-use crate::relay::Relay;
 
 /// How often the sizes of the processes are looked at. The kernel keeps the peak itself, so only
 /// growth in the last moment of a process can be missed.
@@ -26,7 +25,7 @@ pub(crate) struct Figures {
     pub(crate) wall_seconds: f64,
     /// Both sides, ssh and sshd included.
     pub(crate) cpu_seconds: f64,
-    /// TCP payload, both directions: what the network carries.
+    /// Both directions, as the meter counts.
     pub(crate) wire_bytes: u64,
     /// Largest resident size of the tool's own processes, where it was seen.
     pub(crate) peak_kib: Option<u64>,
@@ -44,17 +43,26 @@ pub(crate) struct Subject<'a> {
     pub(crate) outputs: &'a Path,
 }
 
+/// What counts the bytes between the hosts.
+pub(crate) trait Meter {
+    /// Those that it has counted so far.
+    fn bytes(&self) -> Result<u64>;
+
+    /// Whether nothing is under way, as far as it can tell.
+    fn is_idle(&self) -> bool;
+}
+
 /// Runs the subject to its end.
-pub(crate) fn measure(subject: Subject<'_>, relay: &Relay) -> Result<Figures> {
+pub(crate) fn measure(subject: Subject<'_>, meter: &impl Meter) -> Result<Figures> {
     let background = process::running()?;
+    let wire_before = meter.bytes()?;
     let cpu_before = process::cpu_seconds()?;
-    let wire_before = relay.bytes();
     let (wall, peaks) = watched(|| run_and_sync(subject.command, subject.result, subject.outputs))?;
-    settle(relay, background)?;
+    settle(meter, background)?;
     Ok(Figures {
         wall_seconds: wall.as_secs_f64(),
         cpu_seconds: process::cpu_seconds()? - cpu_before,
-        wire_bytes: relay.bytes() - wire_before,
+        wire_bytes: meter.bytes()? - wire_before,
         peak_kib: peaks
             .into_iter()
             .filter(|(name, _)| (subject.is_worker)(name))
@@ -128,9 +136,9 @@ pub(crate) fn run(command: &mut Command, outputs: &Path) -> Result<()> {
 
 /// Waits until what the command started is gone, so that its figures are complete and the next
 /// run has the machine for itself.
-fn settle(relay: &Relay, background: usize) -> Result<()> {
+fn settle(meter: &impl Meter, background: usize) -> Result<()> {
     let deadline = Instant::now() + SETTLE;
-    while Instant::now() < deadline && !(relay.is_idle() && process::running()? <= background) {
+    while Instant::now() < deadline && !(meter.is_idle() && process::running()? <= background) {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(())

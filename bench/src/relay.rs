@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
 
 use crate::delay;
+use crate::measure::Meter;
 
 /// What one splice moves at most, and what a pipe is asked to hold.
 const PIPE_LEN: usize = 1 << 20;
@@ -70,14 +71,15 @@ impl Relay {
         let state = &self.state.round_trip_ms;
         state.store(round_trip_ms, Ordering::Relaxed);
     }
+}
 
-    /// Bytes that have crossed so far, both directions.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.state.bytes.load(Ordering::Relaxed)
+/// It counts the payload of TCP, and knows of every connection.
+impl Meter for Relay {
+    fn bytes(&self) -> Result<u64> {
+        Ok(self.state.bytes.load(Ordering::Relaxed))
     }
 
-    /// Whether no connection is open.
-    pub(crate) fn is_idle(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.state.pumps.load(Ordering::Acquire) == 0
     }
 }
@@ -166,7 +168,7 @@ mod tests {
         let took = start.elapsed();
         assert_eq!(echo.join().unwrap(), question.len());
         assert_eq!(answer, &question[..1000]);
-        assert_eq!(relay.bytes(), question.len() as u64 + 1000);
+        assert_eq!(relay.bytes().unwrap(), question.len() as u64 + 1000);
         took
     }
 

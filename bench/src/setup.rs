@@ -67,7 +67,8 @@ impl Setup {
         Lab::new(dir, layout, self.controller()?, link)
     }
 
-    fn controller(&self) -> Result<PathBuf> {
+    /// The controller to measure.
+    pub(crate) fn controller(&self) -> Result<PathBuf> {
         self.controller
             .clone()
             .map_or_else(tool::build_controller, Ok)

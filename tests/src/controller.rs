@@ -91,30 +91,9 @@ impl Controller {
         let file = |name| self.home.join(format!("runs/{number}-{name}"));
         let (stdout, stderr) = (file("stdout"), file("stderr"));
         let create = |path: &Path| File::create(path).expect("the laboratory is writable");
-        let mut command = match &self.network {
-            None => Command::new(binary()),
-            Some(network) => {
-                // It becomes the program, so that a signal reaches that.
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", network]).arg(binary());
-                command
-            }
-        };
-        command
-            .args(args)
-            .current_dir(&self.home)
-            .env("HOME", &self.home)
-            .env("XDG_CACHE_HOME", self.home.join(".cache"))
-            .env("XDG_CONFIG_HOME", self.home.join(".config"))
-            .env("XDG_STATE_HOME", self.home.join(".local/state"))
-            .env_remove("SSH_AUTH_SOCK")
-            .env_remove("XDG_RUNTIME_DIR")
-            .stdin(Stdio::null())
-            .stdout(create(&stdout))
-            .stderr(create(&stderr));
-        if let Some(socket) = &self.agent_socket {
-            command.env("SSH_AUTH_SOCK", socket);
-        }
+        let mut command = self.command(&binary());
+        command.args(args);
+        command.stdout(create(&stdout)).stderr(create(&stderr));
         let child = command.spawn().expect("the controller can be executed");
         let arguments = format!("{:?}", command.get_args().collect::<Vec<_>>());
         Running {
@@ -124,6 +103,34 @@ impl Controller {
             stderr,
             since: Instant::now(),
         }
+    }
+
+    /// A program, such as another build of the controller, in this one's place: its home, its
+    /// network, its keys.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = match &self.network {
+            None => Command::new(program),
+            Some(network) => {
+                // It becomes the program, so that a signal reaches that.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", network]).arg(program);
+                command
+            }
+        };
+        command
+            .current_dir(&self.home)
+            .env("HOME", &self.home)
+            .env("XDG_CACHE_HOME", self.home.join(".cache"))
+            .env("XDG_CONFIG_HOME", self.home.join(".config"))
+            .env("XDG_STATE_HOME", self.home.join(".local/state"))
+            .env_remove("SSH_AUTH_SOCK")
+            .env_remove("XDG_RUNTIME_DIR")
+            .stdin(Stdio::null());
+        if let Some(socket) = &self.agent_socket {
+            command.env("SSH_AUTH_SOCK", socket);
+        }
+        command
     }
 }
 

@@ -67,6 +67,10 @@ pub const DIGEST_AHEAD: u64 = 16 * 1024;
 /// of 100 ms at 1 Gbit/s, with a third to spare.
 pub const DATA_AHEAD: u64 = 16 * 1024 * 1024;
 
+/// The least of that which a [`Sender`] may be held to: what ssh lets be under way in a channel, and
+/// enough that it never waits for credit which the receiver keeps back.
+pub const MIN_DATA_AHEAD: u64 = 2 * 1024 * 1024;
+
 /// What each [`Data`](crate::message::Data) and [`Zeros`](crate::message::Zeros) costs of the
 /// same credit besides its payload: about what a receiver keeps of it until it is applied.
 /// Without it, zeros and blocks that compress to almost nothing would pile up in front of a slow

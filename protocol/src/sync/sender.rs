@@ -8,7 +8,8 @@ use super::peer_blocks::{PeerBlocks, Piece};
 use super::runs::{MapRun, RunKind, Runs};
 use super::{
     CHANGE_COST, Compared, DATA_AHEAD, DIGEST_AHEAD, DiskDone, DiskOp, Expected, MAX_READS,
-    Machine, Misbehaviour, Outcome, SyncError, Ticket, WINDOW, content_at, digest_count, small,
+    MIN_DATA_AHEAD, Machine, Misbehaviour, Outcome, SyncError, Ticket, WINDOW, content_at,
+    digest_count, small,
 };
 use crate::digest::{Content, DIGEST_LEN, Digest, Digester, RangeHasher, disk_root};
 use crate::frame::{Frame, FrameKind};
@@ -24,6 +25,8 @@ use crate::units::{BLOCK_SIZE, BlockRun, Geometry};
 pub struct Sender {
     params: SessionParams,
     geometry: Geometry,
+    /// Bytes that may be under way without credit.
+    ahead: u64,
     digester: Digester,
     /// The source's holes and data; its front is the next block to be planned.
     runs: Runs,
@@ -73,6 +76,7 @@ impl Sender {
         Self {
             params,
             geometry,
+            ahead: DATA_AHEAD,
             digester,
             runs: Runs::new(geometry.block_count()),
             theirs: PeerBlocks::default(),
@@ -91,6 +95,16 @@ impl Sender {
             first_difference: None,
             root: None,
             agreed: false,
+        }
+    }
+
+    /// Sends no more than so many bytes ahead of credit, between [`MIN_DATA_AHEAD`] and
+    /// [`DATA_AHEAD`]: one of several sessions at once, which a receiver has to remember together.
+    #[must_use]
+    pub fn ahead(self, bytes: u64) -> Self {
+        Self {
+            ahead: bytes.clamp(MIN_DATA_AHEAD, DATA_AHEAD),
+            ..self
         }
     }
 }
@@ -183,7 +197,7 @@ impl Machine for Sender {
     }
 
     fn is_wire_bound(&self) -> bool {
-        self.outstanding() >= DATA_AHEAD / 2
+        self.outstanding() >= self.ahead / 2
     }
 }
 
@@ -363,7 +377,7 @@ impl Sender {
     /// What comes next in order, if it is known and may be sent.
     fn next_settled(&mut self) -> Option<Next> {
         let blocked =
-            self.params.ship && self.outstanding() + CHANGE_COST + BLOCK_SIZE > DATA_AHEAD;
+            self.params.ship && self.outstanding() + CHANGE_COST + BLOCK_SIZE > self.ahead;
         let next = match self.steps.front_mut()? {
             Step::Reading { .. } => return None,
             Step::Equal { count } => Next::Equal(Content::Zero, *count),

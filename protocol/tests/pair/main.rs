@@ -15,6 +15,7 @@ mod stories;
 use std::rc::Rc;
 
 use kvm_clone_protocol::digest::HashKind;
+use kvm_clone_protocol::sync::{DATA_AHEAD, MIN_DATA_AHEAD};
 use kvm_clone_protocol::units::BLOCK_SIZE;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -81,6 +82,7 @@ fn any_schedule(source: &FakeDisk, rng: &mut SmallRng, faulty: bool) -> Schedule
         seed: rng.random(),
         weights,
         pipe: [1024, 64 * 1024, usize::MAX][rng.random_range(0..3)],
+        ahead: [MIN_DATA_AHEAD, DATA_AHEAD][rng.random_range(0..2)],
         stalls: [0, 5, 50][rng.random_range(0..3)],
         fault: faulty.then_some((at, fault)),
         max_steps: 5000 + 100 * blocks,

@@ -100,6 +100,8 @@ pub(crate) struct Schedule {
     pub(crate) weights: [u32; 4],
     /// Bytes that a pipe holds before its writer has to wait.
     pub(crate) pipe: usize,
+    /// What the sender is held to, ahead of credit.
+    pub(crate) ahead: u64,
     /// Of a thousand steps, so many begin a stall of one direction.
     pub(crate) stalls: u32,
     /// A fault after so many steps.
@@ -115,6 +117,7 @@ impl Schedule {
             seed,
             weights: [1; 4],
             pipe: 256 * 1024,
+            ahead: DATA_AHEAD,
             stalls: 0,
             fault: None,
             max_steps: 1_000_000,
@@ -202,7 +205,7 @@ impl<'a> Pair<'a> {
         );
         trace.push(Step::Session(params));
         Self {
-            sender: Half::new(Sender::new(params, geometry)),
+            sender: Half::new(Sender::new(params, geometry).ahead(schedule.ahead)),
             receiver: Half::new(Receiver::new(params, geometry)),
             source,
             destination,
@@ -450,9 +453,9 @@ impl<'a> Pair<'a> {
     fn check_memory(&mut self) {
         let tally = &mut self.tally;
         let spent = tally.spent - tally.applied;
-        assert!(spent <= DATA_AHEAD, "{spent} spent");
+        assert!(spent <= self.schedule.ahead, "{spent} spent");
         tally.peak_spent = tally.peak_spent.max(spent);
-        assert!(tally.spent - tally.credited <= DATA_AHEAD);
+        assert!(tally.spent - tally.credited <= self.schedule.ahead);
         assert!(tally.credited <= tally.applied);
 
         let compared = tally.compared.unsettled(&*self.sender.machine);

@@ -1,7 +1,7 @@
 //! Sessions with a point of their own, each under a few seeds.
 
 use kvm_clone_protocol::digest::HashKind;
-use kvm_clone_protocol::sync::{CHANGE_COST, DATA_AHEAD, DIGEST_AHEAD, WINDOW};
+use kvm_clone_protocol::sync::{CHANGE_COST, DATA_AHEAD, DIGEST_AHEAD, MIN_DATA_AHEAD, WINDOW};
 use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun};
 
 use crate::check;
@@ -205,6 +205,12 @@ fn a_quick_destination_tells_no_more_than_the_window() {
 /// All payloads as long as they can be: four times what the credit allows.
 #[test]
 fn a_slow_destination_holds_the_sender_back() {
+    for ahead in [MIN_DATA_AHEAD, DATA_AHEAD] {
+        a_slow_destination_holds_back(ahead);
+    }
+}
+
+fn a_slow_destination_holds_back(ahead: u64) {
     let mut source = disk(1024, 0, data);
     source.packing = Packing {
         raw_percent: 100,
@@ -217,6 +223,7 @@ fn a_slow_destination_holds_the_sender_back() {
     let schedule = Schedule {
         weights: [1000, 1000, 1000, 1],
         pipe: usize::MAX,
+        ahead,
         ..Schedule::calm(1)
     };
     let params = library.params(size, false, true);
@@ -224,7 +231,7 @@ fn a_slow_destination_holds_the_sender_back() {
         .expect("a calm schedule ends well");
     assert_eq!(done.tally.payload, size);
     let (peak, change) = (done.tally.peak_spent, BLOCK_SIZE + CHANGE_COST);
-    assert!(peak > DATA_AHEAD - change, "only {peak} were under way");
+    assert!(peak > ahead - change, "only {peak} were under way");
 }
 
 /// Zeros travel without payload, and yet no more of them than a slow disk can remember.

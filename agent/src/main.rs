@@ -14,6 +14,7 @@ mod disk;
 mod failure;
 mod link;
 mod links;
+mod nbd;
 mod pace;
 mod play;
 mod pool;

@@ -349,7 +349,7 @@ impl Server {
     fn start(&mut self, start: Start, request: Request) -> Result<(), Failure> {
         let shelf = self.shelf(start.disk, "start")?;
         let links = Links::new(self.take_links(&start)?, start.rate_limit);
-        let number = start.disk;
+        let (number, disks) = (start.disk, self.disks.len() as u64);
         let (answers, run) = (self.answers.clone(), Arc::clone(&self.run));
         let stage = Stage {
             answers: self.answers.clone(),
@@ -366,7 +366,8 @@ impl Server {
         let session = tokio::spawn(async move {
             let mut slot = shelf.lock_owned().await;
             let mut run = run.lock_owned().await;
-            let ready = blocking(move || on(&mut slot, "start")?.start(&start, &mut run)).await;
+            let ready =
+                blocking(move || on(&mut slot, "start")?.start(&start, disks, &mut run)).await;
             match ready {
                 Ok(ready) => {
                     answers.warn(number, ready.warnings.clone());
@@ -495,24 +496,25 @@ impl Server {
 
 /// Lets all changes count: one note names every destination, and from then on all go forward.
 fn commit_all(slots: &[Option<&Slot>], run: &mut Option<Run>) -> Result<(), Failure> {
-    let destinations = slots
-        .iter()
-        .map(|slot| slot.and_then(Slot::prepared))
-        .collect::<Option<Vec<_>>>();
-    let (Some(destinations), Some(noted)) = (destinations, run.as_mut()) else {
+    if !slots.iter().all(|slot| slot.is_some_and(Slot::is_prepared)) {
         return Err(protocol("commit: not all of them are prepared".to_owned()));
-    };
-    if destinations.len() != noted.len() {
+    }
+    // What is written in place without a note counts already.
+    let slots: Vec<&Slot> = slots.iter().copied().flatten().collect();
+    let destinations: Vec<_> = slots.iter().filter_map(|slot| slot.destination()).collect();
+    if destinations.len() != run.as_ref().map_or(0, Run::len) {
         return Err(protocol(
             "commit: disks that were changed together count together".to_owned(),
         ));
     }
-    noted.commit()?;
-    disk::forward(&destinations)?;
+    if let Some(noted) = run.as_mut() {
+        noted.commit()?;
+        disk::forward(&destinations)?;
+    }
     if let Some(run) = run.take() {
         run.end()?;
     }
-    slots.iter().flatten().for_each(|slot| slot.committed());
+    slots.iter().for_each(|slot| slot.committed());
     Ok(())
 }
 

@@ -15,10 +15,10 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_clone_protocol::digest::Digester;
 use kvm_clone_protocol::message::{
-    Access, Compression, FailureCode, Keeps, Open, Opened, Prepare, Prepared, Role, SessionParams,
-    Start, Started,
+    Access, Compression, FailureCode, Keeps, Location, Open, Opened, Prepare, Prepared, Role,
+    SessionParams, Start, Started,
 };
-use kvm_clone_protocol::sync::{Machine, Receiver, Sender};
+use kvm_clone_protocol::sync::{DATA_AHEAD, Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
 
 use crate::disk::{self, Destination, Disk, Image, Kept, Run, Sent, Stamp, Target, Version};
@@ -113,22 +113,28 @@ impl Watch {
     }
 }
 
+fn no_copy(disk: &dyn Display, why: &dyn Display) -> String {
+    format!("no copy of {disk} is kept for the next run: {why}")
+}
+
 impl Slot {
     /// Opens a disk. Also gives back what the user ought to know.
     ///
     /// # Errors
     /// As [`disk::open`].
     pub(crate) fn open(open: &Open) -> Result<(Self, Opened, Vec<String>), Failure> {
-        let path = Path::new(OsStr::from_bytes(&open.path));
-        disk::permit(path, open.access)?;
-        let warnings = match open.access {
-            Access::Destination => disk::settle(path)?,
-            Access::Source | Access::LiveSource | Access::Compare => Vec::new(),
+        disk::permit(&open.location, open.access)?;
+        let warnings = match (&open.location, open.access) {
+            (Location::Path(path), Access::Destination) => {
+                disk::settle(Path::new(OsStr::from_bytes(path)))?
+            }
+            _ => Vec::new(),
         };
-        let target = disk::open(path, open.access)?;
+        let target = disk::open(&open.location, open.access)?;
         let (opened, version) = match &target {
             Target::Readable(image) => (disk::describe(image, open.disk)?, Some(image.version()?)),
             Target::Destination(destination) => (destination.describe(open.disk)?, None),
+            Target::Exported(exported) => (exported.describe(open.disk), None),
         };
         let slot = Self {
             access: open.access,
@@ -142,11 +148,17 @@ impl Slot {
         Ok((slot, opened, warnings))
     }
 
-    /// Makes ready for a session; a destination that is to be changed is noted in the run.
+    /// Makes ready for a session, one of so many for which disks are open; a destination that is to
+    /// be changed is noted in the run.
     ///
     /// # Errors
     /// [`Failure`] of protocol, or as [`Destination::begin`].
-    pub(crate) fn start(&mut self, start: &Start, run: &mut Option<Run>) -> Result<Ready, Failure> {
+    pub(crate) fn start(
+        &mut self,
+        start: &Start,
+        disks: u64,
+        run: &mut Option<Run>,
+    ) -> Result<Ready, Failure> {
         let refused = |what: &str| Failure::new(FailureCode::Protocol, format!("start: {what}"));
         let params = start.params;
         let geometry = Geometry::new(params.size).ok_or_else(|| refused("the size is absurd"))?;
@@ -200,12 +212,24 @@ impl Slot {
             Target::Destination(destination) => destination
                 .base()
                 .map(|base| Arc::new(Disk::of(Arc::clone(base)))),
+            Target::Exported(exported) => {
+                exported.check(geometry)?;
+                if self.access == Access::Destination && params.ship {
+                    let (apply, warning) = exported.begin(start.apply)?;
+                    started.apply = Some(apply);
+                    warnings.push(warning);
+                }
+                Some(Arc::new(Disk::exported(Arc::clone(exported))))
+            }
         };
         self.params = Some(params);
         let kept = keeping.as_ref().map(|keeping| Arc::clone(&keeping.kept));
         let kept = kept.or_else(|| self.kept.clone());
         let machine: Box<dyn Machine> = match start.role {
-            Role::Sender => Box::new(Sender::new(params, geometry)),
+            // What is under way waits in the memory of one agent, whichever session it belongs to.
+            Role::Sender => {
+                Box::new(Sender::new(params, geometry).ahead(DATA_AHEAD / disks.max(1)))
+            }
             Role::Receiver => Box::new(Receiver::new(params, geometry)),
         };
         Ok(Ready {
@@ -234,13 +258,19 @@ impl Slot {
         geometry: Geometry,
         warnings: &mut Vec<String>,
     ) -> Option<Keeping> {
-        let (Target::Readable(image), true) = (&self.target, start.params.ship) else {
-            return None;
+        let image = match (&self.target, start.params.ship) {
+            (Target::Readable(image), true) => image,
+            (Target::Exported(exported), true) if self.access.is_source() => {
+                if start.keep_sent.is_some() {
+                    warnings.push(no_copy(exported, &"files alone have copies"));
+                }
+                return None;
+            }
+            _ => return None,
         };
         let mut without = |why: &dyn Display| {
             if start.keep_sent.is_some() {
-                let what = image.path().display();
-                warnings.push(format!("no copy of {what} is kept for the next run: {why}"));
+                warnings.push(no_copy(&image.path().display(), why));
             }
         };
         if self.access != Access::Source {
@@ -285,24 +315,37 @@ impl Slot {
         let ready = self.params.filter(|params| {
             params.ship && self.progress.ended.load(Ordering::Acquire) && !self.is_prepared
         });
-        let (Some(params), Target::Destination(destination)) = (ready, &mut self.target) else {
+        let nothing = || {
             let message = format!("prepare: disk {number} has nothing to prepare");
-            return Err(Failure::new(FailureCode::Protocol, message));
+            Failure::new(FailureCode::Protocol, message)
         };
+        let params = ready.ok_or_else(nothing)?;
         let geometry = Geometry::new(params.size).expect("checked when the session was started");
         let digester = Digester::new(params.hash, params.seed);
-        let root = destination
-            .prepare(geometry, prepare.reread.then_some(&digester))
-            .inspect_err(|failure| self.progress.fail(failure.code))?;
+        let root = match &mut self.target {
+            Target::Destination(destination) => destination
+                .prepare(geometry, prepare.reread.then_some(&digester))
+                .inspect_err(|failure| self.progress.fail(failure.code))?,
+            Target::Exported(exported) if self.access == Access::Destination => {
+                exported.prepare(prepare.reread)?;
+                None
+            }
+            Target::Readable(_) | Target::Exported(_) => return Err(nothing()),
+        };
         self.is_prepared = true;
         Ok(Prepared { disk: number, root })
     }
 
-    /// The destination, if it is prepared.
-    pub(crate) fn prepared(&self) -> Option<&Destination> {
+    /// Whether all that has arrived is durable, and can count.
+    pub(crate) fn is_prepared(&self) -> bool {
+        self.is_prepared
+    }
+
+    /// A destination that changes with others.
+    pub(crate) fn destination(&self) -> Option<&Destination> {
         match &self.target {
-            Target::Destination(destination) if self.is_prepared => Some(destination),
-            _ => None,
+            Target::Destination(destination) => Some(destination),
+            Target::Readable(_) | Target::Exported(_) => None,
         }
     }
 
@@ -320,7 +363,7 @@ impl Slot {
             Target::Destination(destination) => {
                 destination.abandon(code.unwrap_or(FailureCode::Cancelled))
             }
-            Target::Readable(_) => false,
+            Target::Readable(_) | Target::Exported(_) => false,
         }
     }
 }

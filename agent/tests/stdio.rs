@@ -13,7 +13,7 @@ use bytes::{Buf, BytesMut};
 use kvm_clone_protocol::frame;
 use kvm_clone_protocol::message::{
     Access, ApplyChoice, Commit, Control, Credit, FailureCode, Hello, IoChoice, Listen, Listening,
-    Message, Open, Prepare, Role, SessionParams, Start,
+    Location, Message, Open, Prepare, Role, SessionParams, Start,
 };
 use kvm_clone_protocol::preamble::{self, MAGIC, Preamble, SUPPORTED, Versions};
 
@@ -180,13 +180,13 @@ fn requests_that_make_no_sense_are_refused_and_the_agent_lives_on() {
     assert_eq!(agent.failure().0, FailureCode::Protocol);
     agent.send(&Open {
         disk: 0,
-        path: b"relative".to_vec(),
+        location: Location::Path(b"relative".to_vec()),
         access: Access::Source,
     });
     assert_eq!(agent.failure().0, FailureCode::Refused);
     agent.send(&Open {
         disk: 0,
-        path: b"/no/such/disk".to_vec(),
+        location: Location::Path(b"/no/such/disk".to_vec()),
         access: Access::Source,
     });
     let (code, message) = agent.failure();
@@ -203,7 +203,7 @@ fn a_destination_takes_its_name_only_after_a_session_that_ended_well() {
     let mut agent = Agent::greeted();
     agent.send(&Open {
         disk: 0,
-        path: path.as_os_str().as_encoded_bytes().to_vec(),
+        location: Location::Path(path.as_os_str().as_encoded_bytes().to_vec()),
         access: Access::Destination,
     });
     assert!(matches!(agent.next(), Some(Control::Opened(_))));

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+pub use nbd::NbdUri;
+
+mod nbd;
 
 /// The name that stands for this machine, without ssh.
 const LOCAL: &str = "local";
@@ -119,63 +122,93 @@ impl fmt::Display for SshTarget {
     }
 }
 
-/// A disk: `HOST:/absolute/path`, or `/absolute/path` on this machine.
+/// A disk: `HOST:/absolute/path`, `HOST:nbd+unix:///EXPORT?socket=PATH`,
+/// `HOST:nbd://localhost:PORT/EXPORT`; without `HOST:` on this machine.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DiskSpec {
     /// Where it is.
     pub host: HostSpec,
-    /// Absolute.
-    pub path: PathBuf,
+    /// What it is there.
+    pub location: DiskLocation,
+}
+
+/// Where on its host a disk is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum DiskLocation {
+    /// An absolute path.
+    Path(PathBuf),
+    /// What an NBD server there exports.
+    Nbd(NbdUri),
 }
 
 impl DiskSpec {
+    /// A file or a block device.
+    pub fn at(host: HostSpec, path: impl Into<PathBuf>) -> Self {
+        let location = DiskLocation::Path(path.into());
+        Self { host, location }
+    }
+
     /// Reads a disk as a user writes it.
     ///
     /// # Errors
     /// Usage, saying what to write, for anything that is not one.
     pub fn parse(text: &OsStr) -> Result<Self> {
         let bytes = text.as_bytes();
-        if [&b"nbd://"[..], b"nbd+unix://"]
-            .iter()
-            .any(|scheme| bytes.starts_with(scheme))
-        {
-            return Err(Error::usage(format!(
-                "\"{}\": this version does not read NBD exports",
-                shown(text)
-            ))
-            .hint("give a regular file or a block device: HOST:/absolute/path"));
-        }
-        let (host, path) = if bytes.starts_with(b"/") {
-            (HostSpec::Local, bytes)
-        } else {
-            let at = bytes
-                .windows(2)
-                .position(|pair| pair == b":/")
-                .ok_or_else(|| bad_disk(text))?;
-            let host = std::str::from_utf8(&bytes[..at])
-                .map_err(|_| bad_host(&shown(text), "the name of its host is not UTF-8"))?;
-            (host.parse()?, &bytes[at + 1..])
+        let (host, location) = split_host(bytes).ok_or_else(|| bad_disk(text))?;
+        let host = match host {
+            None => HostSpec::Local,
+            Some(host) => std::str::from_utf8(host)
+                .map_err(|_| bad_host(&shown(text), "the name of its host is not UTF-8"))?
+                .parse()?,
         };
-        if path.contains(&0) {
+        if location.contains(&0) {
             return Err(bad_disk(text));
         }
-        Ok(Self {
-            host,
-            path: PathBuf::from(OsString::from_vec(path.to_vec())),
-        })
+        let location = match is_nbd(location) {
+            true => DiskLocation::Nbd(NbdUri::parse(location)?),
+            false => DiskLocation::Path(OsString::from_vec(location.to_vec()).into()),
+        };
+        Ok(Self { host, location })
     }
 
-    /// The path as the wire carries it.
-    pub fn path_bytes(&self) -> Vec<u8> {
-        self.path.as_os_str().as_bytes().to_vec()
+    /// Its path, if it has one.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.location {
+            DiskLocation::Path(path) => Some(path),
+            DiskLocation::Nbd(_) => None,
+        }
     }
+}
+
+/// What is ahead of the first colon behind which a location begins, and the location.
+fn split_host(text: &[u8]) -> Option<(Option<&[u8]>, &[u8])> {
+    if text.starts_with(b"/") || is_nbd(text) {
+        return Some((None, text));
+    }
+    let colons = (0..text.len()).filter(|at| text[*at] == b':');
+    let mut split = colons.map(|at| (&text[..at], &text[at + 1..]));
+    let (host, location) =
+        split.find(|(_, location)| location.starts_with(b"/") || is_nbd(location))?;
+    Some((Some(host), location))
+}
+
+fn is_nbd(text: &[u8]) -> bool {
+    [&b"nbd:"[..], b"nbd+unix:", b"nbds:", b"nbds+unix:"]
+        .iter()
+        .any(|scheme| {
+            text.strip_prefix(*scheme)
+                .is_some_and(|rest| rest.starts_with(b"//"))
+        })
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            HostSpec::Local => self.path.display().fmt(f),
-            HostSpec::Ssh(target) => write!(f, "{target}:{}", self.path.display()),
+        if let HostSpec::Ssh(target) = &self.host {
+            write!(f, "{target}:")?;
+        }
+        match &self.location {
+            DiskLocation::Path(path) => path.display().fmt(f),
+            DiskLocation::Nbd(uri) => uri.fmt(f),
         }
     }
 }
@@ -265,16 +298,34 @@ mod tests {
     fn a_disk_is_cut_at_the_first_colon_and_slash() {
         let parsed = disk(b"root@hv:22:/img/a:/b c\n\xff").unwrap();
         assert_eq!(parsed.host, ssh(Some("root"), "hv", Some(22)));
-        assert_eq!(parsed.path_bytes(), b"/img/a:/b c\n\xff");
+        let path = Path::new(OsStr::from_bytes(b"/img/a:/b c\n\xff"));
+        assert_eq!(parsed.path(), Some(path));
         let local = disk(b"/img/hv:/x").unwrap();
         assert_eq!(local.host, HostSpec::Local);
-        assert_eq!(local.path_bytes(), b"/img/hv:/x");
+        assert_eq!(local.path(), Some(Path::new("/img/hv:/x")));
         assert_eq!(disk(b"[::1]:/x").unwrap().host, ssh(None, "::1", None));
         assert_eq!(
             disk(b"[::1]:22:/x").unwrap().host,
             ssh(None, "::1", Some(22))
         );
         assert_eq!(disk(b"local:/x").unwrap().host, HostSpec::Local);
+    }
+
+    #[test]
+    fn an_export_is_on_its_host() {
+        let uri = "nbd+unix:///vda?socket=/run/a:/b";
+        let parsed = disk(format!("root@hv:22:{uri}").as_bytes()).unwrap();
+        assert_eq!(parsed.host, ssh(Some("root"), "hv", Some(22)));
+        assert_eq!(parsed.path(), None);
+        assert_eq!(parsed.to_string(), format!("root@hv:22:{uri}"));
+        let local = disk(uri.as_bytes()).unwrap();
+        assert_eq!(
+            (&local.host, &local.location),
+            (&HostSpec::Local, &parsed.location)
+        );
+        // The first location counts, so a path may look like an export.
+        let file = disk(b"hv:/a:nbd://localhost/x").unwrap();
+        assert_eq!(file.path(), Some(Path::new("/a:nbd://localhost/x")));
     }
 
     #[test]
@@ -285,8 +336,8 @@ mod tests {
             b"hv:image.raw",
             b"hv:",
             b":/x",
-            b"nbd://h/x",
-            b"nbd+unix:///x",
+            b"nbd:/x",
+            b"hv:nbd:x",
             b"\xff:/x",
         ] {
             let error = disk(text).unwrap_err();

@@ -186,13 +186,40 @@ impl Access {
 pub struct Open {
     /// The disk's number on this control connection.
     pub disk: u32,
-    /// Absolute path, as bytes: it need not be UTF-8.
-    pub path: Vec<u8>,
+    /// Where it is.
+    pub location: Location,
     /// What for.
     pub access: Access,
 }
 
-/// What a path turned out to be.
+/// Where on its host a disk is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Location {
+    /// Absolute path of a file or a block device, as bytes: it need not be UTF-8.
+    Path(Vec<u8>),
+    /// What an NBD server on the host exports.
+    Export(NbdExport),
+}
+
+/// An export of an NBD server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdExport {
+    /// Where the server listens.
+    pub server: NbdServer,
+    /// What the server calls it; may be empty.
+    pub name: String,
+}
+
+/// Where an NBD server listens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NbdServer {
+    /// Absolute path of a Unix socket.
+    Unix(Vec<u8>),
+    /// TCP port of the host's loopback.
+    Loopback(u16),
+}
+
+/// What a location turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DiskKind {
     /// A regular file.
@@ -201,6 +228,8 @@ pub enum DiskKind {
     Device,
     /// Nothing yet: a regular file will be made.
     Missing,
+    /// An export of an NBD server.
+    Export,
 }
 
 /// What tells one storage from another on one kernel.
@@ -217,11 +246,11 @@ pub struct Identity {
 pub struct Opened {
     /// The disk's number.
     pub disk: u32,
-    /// File, device, or nothing yet.
+    /// File, device, nothing yet, or an export.
     pub kind: DiskKind,
     /// Size in bytes; of a destination that an interrupted run began, what that run left.
     pub size: u64,
-    /// `None` for a destination that does not exist.
+    /// `None` for a destination that does not exist, and for an export.
     pub identity: Option<Identity>,
     /// An interrupted run left a part of this destination, which is taken up.
     pub resumed: bool,

@@ -152,12 +152,13 @@ fn open() -> Pin {
         Control,
         Open {
             disk: 3,
-            path: b"/a\xff\n".to_vec(),
+            location: Location::Path(b"/a\xff\n".to_vec()),
             access: Access::Destination,
         },
-        "07000000 03 00 0700  # 7 bytes, Open
+        "08000000 03 00 0800  # 8 bytes, Open
          03           # disk
-         04 2f61ff0a  # path: 4 bytes, of which the third is no UTF-8
+         00           # location: Path
+         04 2f61ff0a  # 4 bytes, of which the third is no UTF-8
          01           # access: Destination"
     )
 }
@@ -721,7 +722,7 @@ fn byte_of(message: &impl Message, at: usize) -> u8 {
 fn the_choices_have_their_numbers() {
     let open = |access| Open {
         disk: 0,
-        path: Vec::new(),
+        location: Location::Path(Vec::new()),
         access,
     };
     let accesses = [
@@ -730,7 +731,19 @@ fn the_choices_have_their_numbers() {
         Access::Compare,
         Access::LiveSource,
     ];
-    assert_eq!(accesses.map(|a| byte_of(&open(a), 2)), [0, 1, 2, 3]);
+    assert_eq!(accesses.map(|a| byte_of(&open(a), 3)), [0, 1, 2, 3]);
+
+    let exports = [NbdServer::Unix(Vec::new()), NbdServer::Loopback(0)];
+    let at = |server| Open {
+        disk: 0,
+        location: Location::Export(NbdExport {
+            server,
+            name: String::new(),
+        }),
+        access: Access::Source,
+    };
+    assert_eq!(exports.clone().map(|s| byte_of(&at(s), 1)), [1, 1]);
+    assert_eq!(exports.map(|s| byte_of(&at(s), 2)), [0, 1]);
 
     let opened = |kind| Opened {
         disk: 0,
@@ -741,8 +754,13 @@ fn the_choices_have_their_numbers() {
         storage: Vec::new(),
         keeps: None,
     };
-    let kinds = [DiskKind::File, DiskKind::Device, DiskKind::Missing];
-    assert_eq!(kinds.map(|k| byte_of(&opened(k), 1)), [0, 1, 2]);
+    let kinds = [
+        DiskKind::File,
+        DiskKind::Device,
+        DiskKind::Missing,
+        DiskKind::Export,
+    ];
+    assert_eq!(kinds.map(|k| byte_of(&opened(k), 1)), [0, 1, 2, 3]);
 
     let encodings = [Encoding::Raw, Encoding::Zstd];
     let data = |encoding| Data { index: 0, encoding };

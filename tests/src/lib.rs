@@ -30,6 +30,7 @@ pub mod journey;
 pub mod lab;
 pub mod mount;
 pub mod namespace;
+pub mod nbd;
 pub mod network;
 pub mod outcome;
 pub mod process;

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_clone_protocol::digest::{HashKind, Seed};
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Compression, Control, Dial, DiskKind, FailureCode, IoChoice, Listen, Open,
-    Role, SessionParams, Start, Token,
+    Access, ApplyChoice, Compression, Control, Dial, DiskKind, FailureCode, IoChoice, Listen,
+    Location, Open, Role, SessionParams, Start, Token,
 };
 use kvm_clone_protocol::preamble::SUPPORTED;
 use kvm_clone_tests::confined::Confined;
@@ -25,7 +25,7 @@ use nix::unistd::Pid;
 fn open(ground: &Confined, disk: u32, path: &str, access: Access) -> Open {
     Open {
         disk,
-        path: ground.path(path).to_str().unwrap().into(),
+        location: Location::Path(ground.path(path).to_str().unwrap().into()),
         access,
     }
 }

@@ -163,7 +163,7 @@ mod tests {
 
     use super::*;
     use crate::compress::Compressor;
-    use crate::disk::{Disk, Scratch, SessionContext, Target, open};
+    use crate::disk::{Disk, Scratch, SessionContext, Target, open_path};
 
     const SIZE: u64 = 4 << 20;
 
@@ -178,7 +178,7 @@ mod tests {
         let mut file = File::create_new(&path).unwrap();
         file.write_all(&[7; 4 << 20]).unwrap();
         file.sync_all().unwrap();
-        let Target::Readable(image) = open(&path, Access::Source).unwrap() else {
+        let Target::Readable(image) = open_path(&path, Access::Source).unwrap() else {
             panic!("the file was just made");
         };
         image.drop_cache();

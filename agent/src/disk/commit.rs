@@ -37,8 +37,8 @@ impl Destination {
             return Err(Failure::new(FailureCode::Protocol, message));
         };
         self.check_untouched(work)?;
-        let disk = Arc::clone(&work.disk);
-        let again = || reread.map(|digester| disk.reread(geometry, digester));
+        let (disk, image) = (Arc::clone(&work.disk), Arc::clone(&work.image));
+        let again = || reread.map(|digester| disk.reread(&image, geometry, digester));
         if self.is_idle(work, geometry)? {
             let root = again().transpose()?;
             self.end()?;
@@ -98,10 +98,10 @@ impl Destination {
             return Ok(sum);
         }
         if let (Apply::Reflink, Some(base)) = (work.apply, &self.base) {
-            attributes::copy(&base.file, &disk.image().file)
+            attributes::copy(&base.file, &work.image.file)
                 .map_err(|error| base.failed("taking over the attributes of", &error))?;
         }
-        disk.image().finish(geometry)?;
+        work.image.finish(geometry)?;
         Ok(Sum::default())
     }
 
@@ -378,9 +378,11 @@ impl Destination {
                 };
                 let image = destination.image(file, false);
                 image.lock()?;
+                let image = Arc::new(image);
                 destination.work = Some(Work {
                     apply: Apply::New,
-                    disk: Arc::new(Disk::of(Arc::new(image))),
+                    disk: Arc::new(Disk::of(Arc::clone(&image))),
+                    image,
                     journal: None,
                     resumed: true,
                 });
@@ -399,13 +401,14 @@ impl Destination {
         let metadata = metadata(at).map_err(|error| Failure::io("opening", at, &error))?;
         let base = Arc::new(open_image(at, &metadata, Access::Destination)?);
         self.base = Some(Arc::clone(&base));
+        let mut image = Arc::clone(&base);
         let (apply, disk) = match header.way {
             Way::Inplace => (Apply::Inplace, Disk::of(base)),
             Way::Reflink => match self.open_own(&self.names.clone_file())? {
                 Some(clone) => {
-                    let image = self.image(clone, false);
+                    image = Arc::new(self.image(clone, false));
                     image.lock()?;
-                    (Apply::Reflink, Disk::of(Arc::new(image)))
+                    (Apply::Reflink, Disk::of(Arc::clone(&image)))
                 }
                 // It has its name already.
                 None => (Apply::Inplace, Disk::of(base)),
@@ -423,6 +426,7 @@ impl Destination {
         self.work = Some(Work {
             apply,
             disk: Arc::new(disk),
+            image,
             journal: Some(journal),
             resumed: true,
         });

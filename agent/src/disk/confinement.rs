@@ -18,13 +18,15 @@
 //! What a journal or a note says of paths is held to the same, since a controller may write files
 //! of any name where it may write disks.
 
+use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use kvm_clone_protocol::message::{Access, FailureCode};
+use kvm_clone_protocol::message::{Access, FailureCode, Location};
 use nix::libc;
 use thiserror::Error;
 
@@ -82,14 +84,19 @@ pub(crate) fn confine(allowed: &[PathBuf], direction: Direction) -> Result<(), F
 ///
 /// # Errors
 /// [`Failure`] of code refused.
-pub(crate) fn permit(path: &Path, access: Access) -> Result<(), Failure> {
+pub(crate) fn permit(location: &Location, access: Access) -> Result<(), Failure> {
     let Some(confinement) = CONFINEMENT.get() else {
         return Ok(());
     };
-    let refused = |why: &str| {
-        let message = format!("{} {why}", path.display());
-        Err(Failure::new(FailureCode::Refused, message))
+    let (name, is_covered) = match location {
+        Location::Path(path) => {
+            let path = Path::new(OsStr::from_bytes(path));
+            (path.display().to_string(), confinement.covers(path))
+        }
+        // What a server exports can lie anywhere.
+        Location::Export(_) => ("an NBD export".to_owned(), confinement.roots.is_empty()),
     };
+    let refused = |why: &str| Err(Failure::new(FailureCode::Refused, format!("{name} {why}")));
     match (confinement.direction, access) {
         (Direction::Read, Access::Destination) => {
             refused("is not written: this agent only reads (--read-only)")
@@ -97,7 +104,7 @@ pub(crate) fn permit(path: &Path, access: Access) -> Result<(), Failure> {
         (Direction::Write, Access::Source | Access::LiveSource | Access::Compare) => {
             refused("is not read: this agent only writes (--write-only)")
         }
-        _ if confinement.covers(path) => Ok(()),
+        _ if is_covered => Ok(()),
         _ => refused(&format!("lies {}", confinement.outside())),
     }
 }

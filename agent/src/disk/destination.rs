@@ -53,6 +53,8 @@ pub(super) struct Work {
     pub(super) apply: Apply,
     /// What the session runs on.
     pub(super) disk: Arc<Disk>,
+    /// What that reads, and but for what waits in a stage, writes.
+    pub(super) image: Arc<Image>,
     /// None for a new destination, and for one that could not be marked.
     pub(super) journal: Option<Arc<Journal>>,
     /// An earlier run has brought changes.
@@ -64,7 +66,7 @@ impl Work {
     pub(super) fn is_doubtful(&self) -> bool {
         let stage = self.disk.overlay.as_ref().map(Overlay::stage);
         let journal = self.journal.as_ref();
-        self.disk.image().file.is_doubtful()
+        self.image.file.is_doubtful()
             || stage.is_some_and(|stage| stage.file.is_doubtful())
             || journal.is_some_and(|journal| journal.is_doubtful())
     }
@@ -143,7 +145,7 @@ impl Destination {
     /// What it is once it is committed.
     pub(crate) fn committed(&self) -> Option<Stamp> {
         let image = match &self.work {
-            Some(work) if matches!(work.apply, Apply::New | Apply::Reflink) => work.disk.image(),
+            Some(work) if matches!(work.apply, Apply::New | Apply::Reflink) => &work.image,
             _ => self.base.as_deref()?,
         };
         image.own_stamp()
@@ -250,9 +252,11 @@ impl Destination {
                 let _ = self.remove_own(&path);
             }
         })?;
+        let image = Arc::new(image);
         Ok(Work {
             apply: Apply::New,
-            disk: Arc::new(Disk::of(Arc::new(image))),
+            disk: Arc::new(Disk::of(Arc::clone(&image))),
+            image,
             journal: None,
             resumed: left,
         })
@@ -285,6 +289,7 @@ impl Destination {
         Ok(Work {
             apply: Apply::Inplace,
             disk: Arc::new(Disk::of(Arc::clone(base))),
+            image: Arc::clone(base),
             journal,
             resumed: before.torn,
         })
@@ -326,12 +331,13 @@ impl Destination {
         };
         let image = Arc::new(self.hold(file, false)?);
         let disk = match resumed {
-            true => Disk::of(image),
-            false => Disk::copy_of(Arc::clone(base), image),
+            true => Disk::of(Arc::clone(&image)),
+            false => Disk::copy_of(Arc::clone(base), Arc::clone(&image)),
         };
         Ok(Work {
             apply: Apply::Reflink,
             disk: Arc::new(disk),
+            image,
             journal: Some(Arc::new(journal)),
             resumed,
         })
@@ -380,6 +386,7 @@ impl Destination {
         Ok(Work {
             apply: Apply::Staged,
             disk: Arc::new(Disk::with_overlay(Arc::clone(base), overlay)),
+            image: Arc::clone(base),
             journal: Some(journal),
             resumed,
         })

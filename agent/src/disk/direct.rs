@@ -94,14 +94,14 @@ mod tests {
 
     use super::*;
     use crate::compress::Compressor;
-    use crate::disk::{Disk, Scratch, SessionContext, Target, open};
+    use crate::disk::{Disk, Scratch, SessionContext, Target, open_path};
     use crate::failure::Failure;
 
     /// Three blocks and a short one.
     const LEN: usize = 3 * BLOCK_LEN + 4096 + 777;
 
     fn image(path: &Path) -> Arc<Image> {
-        let Target::Readable(image) = open(path, Access::Source).unwrap() else {
+        let Target::Readable(image) = open_path(path, Access::Source).unwrap() else {
             panic!("a source is only read");
         };
         // Nothing of it is in memory, so that it is read past the cache where that is chosen.

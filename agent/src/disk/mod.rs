@@ -1,13 +1,15 @@
-//! Disks: regular files and block devices, as sources and as destinations.
+//! Disks: regular files, block devices and NBD exports, as sources and as destinations.
 //!
 //! ```text
-//!  Disk ─┬─ Image      a file or device: read, write, map, cache
+//!  Disk ─┬─ Blocks     an Image: a file or device: read, write, map, cache
+//!        │             or what is Exported by an NBD server
 //!        └─ Overlay    blocks that wait beside it: stage + journal         (staged)
 //!  Destination         how changes get in, when they count, and what is left of them
 //!  Run, recover        what this host remembers of unfinished runs, and how they are ended
 //! ```
 
 mod attributes;
+mod blocks;
 mod cache;
 mod call;
 mod claims;
@@ -15,6 +17,7 @@ mod commit;
 mod confinement;
 mod destination;
 mod direct;
+mod exported;
 #[cfg(any(test, feature = "fault-injection"))]
 mod faults;
 mod file;
@@ -43,8 +46,10 @@ mod stories;
 mod throttle;
 mod write;
 
+use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,15 +57,19 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use kvm_clone_protocol::digest::{Content, DIGEST_LEN, Digester};
-use kvm_clone_protocol::message::{Access, DiskKind, Encoding, FailureCode, IoChoice, Opened};
+use kvm_clone_protocol::message::{
+    Access, DiskKind, Encoding, FailureCode, IoChoice, Location, Opened,
+};
 use kvm_clone_protocol::sync::{DiskDone, DiskOp, MapRun, RunKind, WriteBlock, push_content};
 use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use nix::libc;
 
 use crate::compress::Compressor;
 use crate::failure::Failure;
+use blocks::Blocks;
 pub(crate) use confinement::{Direction, Forbidden, confine, permit};
 pub(crate) use destination::Destination;
+pub(crate) use exported::Exported;
 use file::DiskFile;
 pub(crate) use image::{Image, Version};
 use journal::Entry;
@@ -78,7 +87,7 @@ pub(crate) use throttle::limit_reads;
 /// What a session runs on.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    image: Arc<Image>,
+    blocks: Arc<dyn Blocks>,
     /// What it was copied from just now, and still equals where nothing was written: this is in the
     /// page cache, if anything is.
     original: Option<Arc<Image>>,
@@ -118,8 +127,17 @@ impl SessionContext<'_> {
 impl Disk {
     /// A disk that is read, or changed where it is.
     pub(crate) fn of(image: Arc<Image>) -> Self {
+        Self::new(image)
+    }
+
+    /// The same of what a server exports.
+    pub(crate) fn exported(exported: Arc<Exported>) -> Self {
+        Self::new(exported)
+    }
+
+    fn new(blocks: Arc<dyn Blocks>) -> Self {
         Self {
-            image,
+            blocks,
             original: None,
             overlay: None,
             is_changed: AtomicBool::new(false),
@@ -154,7 +172,7 @@ impl Disk {
     ) -> Result<DiskDone, Failure> {
         match op {
             DiskOp::Map { from } => {
-                let map = self.image.map(from, context.geometry)?;
+                let map = self.blocks.map(from, context.geometry)?;
                 let map = match &self.overlay {
                     Some(overlay) => overlay.add_to(map, from)?,
                     None => map,
@@ -168,9 +186,7 @@ impl Disk {
                 run,
                 expected,
                 ship,
-            } => self
-                .image
-                .compare(run, &expected, ship, context, scratch)
+            } => read::compare(&*self.blocks, run, &expected, ship, context, scratch)
                 .map(DiskDone::Compared),
             DiskOp::Digest { run } => self.digest(run, context, scratch).map(DiskDone::Digested),
             DiskOp::Write { blocks } => {
@@ -188,16 +204,11 @@ impl Disk {
                 self.is_changed.store(true, Ordering::Release);
                 match &self.overlay {
                     Some(overlay) => overlay.zero(run, context.geometry)?,
-                    None => self.image.trim(run, context.geometry),
+                    None => self.blocks.trim(run, context.geometry),
                 }
                 Ok(DiskDone::Zeroed)
             }
         }
-    }
-
-    /// The image underneath.
-    pub(crate) fn image(&self) -> &Image {
-        &self.image
     }
 
     /// Whether a session has changed anything.
@@ -214,7 +225,10 @@ impl Disk {
         let blocks = usize::try_from(run.count).expect("at most a window");
         let mut digests = Vec::with_capacity(blocks * DIGEST_LEN);
         // A session looks at a block before it writes there.
-        let image = self.original.as_ref().unwrap_or(&self.image);
+        let blocks: &dyn Blocks = match &self.original {
+            Some(original) => &**original,
+            None => &*self.blocks,
+        };
         let waiting = match &self.overlay {
             Some(overlay) => overlay.waiting(run)?.map(|entries| (overlay, entries)),
             None => None,
@@ -229,14 +243,15 @@ impl Disk {
                 Piece::Unknown(unknown) => unknown,
             };
             let mut contents = Vec::new();
-            image.read_blocks(unknown, context, scratch, Missing::Zeros, |index, block| {
+            let mut digest = |index: u64, block: &mut [u8]| {
                 if let Some((overlay, entries)) = &waiting {
                     let at = usize::try_from(index - run.first).expect("at most a window");
                     self.look_through(overlay, index, entries[at], block)?;
                 }
                 contents.push(context.digester.content(block));
                 Ok(())
-            })?;
+            };
+            blocks.read_blocks(unknown, context, scratch, Missing::Zeros, &mut digest)?;
             context.note(unknown.first, &contents);
             for content in &contents {
                 push_content(&mut digests, content);
@@ -254,7 +269,7 @@ impl Disk {
         block: &mut [u8],
     ) -> Result<(), Failure> {
         if entry != Entry::None && !overlay.replace(index, entry, block)? {
-            self.image
+            self.blocks
                 .read_block(block, index * BLOCK_SIZE, Missing::Zeros)?;
         }
         Ok(())
@@ -283,14 +298,13 @@ impl Disk {
             contents.push(content);
             match &self.overlay {
                 Some(overlay) => overlay.put(block.index, bytes)?,
-                None => self.image.write_block(block.index * BLOCK_SIZE, bytes)?,
+                None => self.blocks.write_block(block.index * BLOCK_SIZE, bytes)?,
             }
         }
-        let written = match &self.overlay {
-            Some(overlay) => overlay.stage(),
-            None => &self.image,
-        };
-        written.start_writeback(blocks);
+        match &self.overlay {
+            Some(overlay) => overlay.stage().start_writeback(blocks),
+            None => self.blocks.start_writeback(blocks),
+        }
         Ok(contents)
     }
 
@@ -298,7 +312,7 @@ impl Disk {
         self.is_changed.store(true, Ordering::Release);
         match &self.overlay {
             Some(overlay) => self.zero_beside(overlay, run, geometry),
-            None => self.image.zero(run, geometry),
+            None => self.blocks.zero(run, geometry),
         }
     }
 
@@ -315,7 +329,7 @@ impl Disk {
         let within = Geometry::new(end).unwrap_or(geometry);
         let mut at = run.first;
         while at < run.end() {
-            let map = overlay.add_all_to(self.image.map(at, within)?, at)?;
+            let map = overlay.add_all_to(self.blocks.map(at, within)?, at)?;
             for MapRun { kind, count } in map.runs {
                 if kind == RunKind::Data {
                     overlay.zero(BlockRun { first: at, count }, geometry)?;
@@ -334,14 +348,26 @@ pub(crate) enum Target {
     Readable(Arc<Image>),
     /// It is to be made equal to a source; it need not exist.
     Destination(Destination),
+    /// A server exports it.
+    Exported(Arc<Exported>),
 }
 
-/// Opens what is at `path`.
+/// Opens what is at a location.
 ///
 /// # Errors
 /// [`Failure`]: it does not exist, is no disk, is held by somebody else, is being changed by an
 /// unfinished run, or cannot be opened.
-pub(crate) fn open(path: &Path, access: Access) -> Result<Target, Failure> {
+pub(crate) fn open(location: &Location, access: Access) -> Result<Target, Failure> {
+    match location {
+        Location::Path(path) => open_path(Path::new(OsStr::from_bytes(path)), access),
+        Location::Export(export) => {
+            let exported = Exported::open(export, access)?;
+            Ok(Target::Exported(Arc::new(exported)))
+        }
+    }
+}
+
+fn open_path(path: &Path, access: Access) -> Result<Target, Failure> {
     if !path.is_absolute() {
         let message = format!("{} is not an absolute path", path.display());
         return Err(Failure::new(FailureCode::Refused, message));

@@ -7,6 +7,7 @@ use kvm_clone_protocol::sync::{Compared, Expected, WINDOW};
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun};
 
 use super::SessionContext;
+use super::blocks::{Blocks, Each};
 use super::cache::Cached;
 use super::direct::Aligned;
 use super::image::Image;
@@ -31,52 +32,56 @@ impl Scratch {
         }
     }
 
-    fn window(&mut self) -> &mut Aligned {
+    pub(super) fn window(&mut self) -> &mut Aligned {
         let blocks = usize::try_from(WINDOW).expect("a small number");
         self.window
             .get_or_insert_with(|| Aligned::new(blocks * BLOCK_LEN))
     }
 }
 
-impl Image {
-    /// Reads each block once, and keeps those that differ: what is shipped is what was digested.
-    pub(super) fn compare(
-        &self,
-        run: BlockRun,
-        expected: &Expected,
-        ship: bool,
-        context: &SessionContext<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<Vec<Compared>, Failure> {
-        let expected =
-            |index: u64| expected.at(usize::try_from(index - run.first).expect("at most a window"));
-        let mut blocks = Vec::new();
-        // A block that is to be shipped must be read.
-        let is_settled = |index, content| content == expected(index) || content == Content::Zero;
-        for piece in pieces(context.kept, run, is_settled) {
-            match piece {
-                Piece::Known(index, content) => {
-                    context.trust(index);
-                    blocks.push(match content {
-                        content if content == expected(index) => Compared::Equal(content),
-                        _ => Compared::Zeroed,
-                    });
-                }
-                Piece::Unknown(unknown) => {
-                    let mut contents = Vec::new();
-                    self.read_blocks(unknown, context, scratch, Missing::Error, |index, block| {
-                        let content = context.digester.content(block);
-                        contents.push(content);
-                        blocks.push(compared(content, expected(index), ship, context, block));
-                        Ok(())
-                    })?;
-                    context.note(unknown.first, &contents);
-                }
+/// Reads each block once, and keeps those that differ: what is shipped is what was digested.
+///
+/// # Errors
+/// As [`Blocks::read_blocks`].
+pub(super) fn compare(
+    disk: &dyn Blocks,
+    run: BlockRun,
+    expected: &Expected,
+    ship: bool,
+    context: &SessionContext<'_>,
+    scratch: &mut Scratch,
+) -> Result<Vec<Compared>, Failure> {
+    let expected =
+        |index: u64| expected.at(usize::try_from(index - run.first).expect("at most a window"));
+    let mut blocks = Vec::new();
+    // A block that is to be shipped must be read.
+    let is_settled = |index, content| content == expected(index) || content == Content::Zero;
+    for piece in pieces(context.kept, run, is_settled) {
+        match piece {
+            Piece::Known(index, content) => {
+                context.trust(index);
+                blocks.push(match content {
+                    content if content == expected(index) => Compared::Equal(content),
+                    _ => Compared::Zeroed,
+                });
+            }
+            Piece::Unknown(unknown) => {
+                let mut contents = Vec::new();
+                let mut compare = |index: u64, block: &mut [u8]| {
+                    let content = context.digester.content(block);
+                    contents.push(content);
+                    blocks.push(compared(content, expected(index), ship, context, block));
+                    Ok(())
+                };
+                disk.read_blocks(unknown, context, scratch, Missing::Error, &mut compare)?;
+                context.note(unknown.first, &contents);
             }
         }
-        Ok(blocks)
     }
+    Ok(blocks)
+}
 
+impl Image {
     /// Reads the blocks of a run and gives them out one after the other; as many at once as the
     /// limit allows. What is in the page cache is read block by block into a buffer that stays in
     /// the processor's; of what is not, a whole window comes from the storage at once.
@@ -89,7 +94,7 @@ impl Image {
         context: &SessionContext<'_>,
         scratch: &mut Scratch,
         missing: Missing,
-        mut each: impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
+        each: Each<'_>,
     ) -> Result<(), Failure> {
         if context.io == IoChoice::Direct && !self.has_direct() {
             let message = format!(

@@ -17,17 +17,18 @@ use crate::failure::Failure;
 const WINDOW: u64 = 32;
 
 impl Disk {
-    /// The root of the contents, with what waits for them, as the storage has them. All of it
-    /// must have been synced.
+    /// The root of the contents, which are those of `image` with what waits for them, as the
+    /// storage has them. All of it must have been synced.
     ///
     /// # Errors
     /// [`Failure`] when something cannot be read.
     pub(super) fn reread(
         &self,
+        image: &Image,
         geometry: Geometry,
         digester: &Digester,
     ) -> Result<Digest, Failure> {
-        let image = Direct::of(&self.image);
+        let direct = Direct::of(image);
         let stage = self
             .overlay
             .as_ref()
@@ -36,7 +37,7 @@ impl Disk {
         let mut buffer = Aligned::new(BLOCK_LEN);
         let mut at = 0;
         while at < geometry.block_count() {
-            let mut map = self.image.map(at, geometry)?;
+            let mut map = image.map(at, geometry)?;
             if let Some((overlay, _)) = &stage {
                 map = overlay.add_all_to(map, at)?;
             }
@@ -66,7 +67,7 @@ impl Disk {
                             (Some(Entry::Data(_)), Some((_, stage))) => {
                                 stage.read(index, geometry, &mut buffer)?
                             }
-                            _ => image.read(index, geometry, &mut buffer)?,
+                            _ => direct.read(index, geometry, &mut buffer)?,
                         };
                         hasher.content(&digester.content(block));
                     }

@@ -133,7 +133,7 @@ fn put(disk: &Disk, index: u64, byte: u8) {
     let block = vec![byte; BLOCK_LEN];
     match &disk.overlay {
         Some(overlay) => overlay.put(index, &block).unwrap(),
-        None => disk.image.write_block(index * BLOCK_SIZE, &block).unwrap(),
+        None => disk.blocks.write_block(index * BLOCK_SIZE, &block).unwrap(),
     }
 }
 
@@ -201,9 +201,9 @@ fn a_new_copy_is_read_where_it_was_copied_from_and_written_where_it_is() {
     let ground = Ground::new();
     ground.make("original");
     fs::write(ground.path("copy"), vec![0; BLOCK_LEN]).unwrap();
-    let image = |name| match open(&ground.path(name), Access::Destination).unwrap() {
+    let image = |name| match open_path(&ground.path(name), Access::Destination).unwrap() {
         Target::Destination(destination) => Arc::clone(destination.base().unwrap()),
-        Target::Readable(_) => panic!("it is to be written to"),
+        _ => panic!("it is to be written to"),
     };
     let disk = Disk::copy_of(image("original"), image("copy"));
     put(&disk, 0, 99);
@@ -259,7 +259,7 @@ fn what_was_committed_goes_forward_with_the_next_run_or_with_recover() {
         story.destinations[0].take_away().unwrap();
         drop(story);
         assert!(!ground.disk().exists());
-        let refused = open(&ground.disk(), Access::Source).unwrap_err();
+        let refused = open_path(&ground.disk(), Access::Source).unwrap_err();
         assert!(refused.message.contains("recover"), "{refused}");
         if by_recover {
             assert_eq!(fates(Recovery::List), [Fate::Unfinished, Fate::Unfinished]);
@@ -383,19 +383,19 @@ fn in_place_is_torn_until_a_run_has_finished() {
     let ground = Ground::new();
     Story::begin(&[ground.disk()], ApplyChoice::Inplace).change();
     assert_eq!(ground.holds("disk"), NEW);
-    let refused = open(&ground.disk(), Access::Source).unwrap_err();
+    let refused = open_path(&ground.disk(), Access::Source).unwrap_err();
     assert!(refused.message.contains("torn"), "{refused}");
     assert_eq!(fates(Recovery::RollBack), [Fate::Torn]);
 
     // A run that stages and breaks off does not make it whole.
     Story::begin(&[ground.disk()], ApplyChoice::Staged).change();
     assert_eq!(fates(Recovery::RollBack), [Fate::Torn]);
-    assert!(open(&ground.disk(), Access::Source).is_err());
+    assert!(open_path(&ground.disk(), Access::Source).is_err());
 
     let story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
     story.change();
     story.finish();
-    assert!(open(&ground.disk(), Access::Source).is_ok());
+    assert!(open_path(&ground.disk(), Access::Source).is_ok());
     assert_eq!(ground.names(), ["disk"]);
 }
 

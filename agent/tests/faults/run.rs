@@ -5,7 +5,8 @@ use std::sync::Arc;
 use kvm_clone_protocol::digest::{Digest, HashKind, Seed};
 use kvm_clone_protocol::message::{
     Access, Apply, ApplyChoice, Commit, Compression, Control, Dial, DiskKind, Failed, FailureCode,
-    IoChoice, Listen, Listening, Open, Opened, Prepare, Role, SessionParams, Start, Started,
+    IoChoice, Listen, Listening, Location, Open, Opened, Prepare, Role, SessionParams, Start,
+    Started,
 };
 use kvm_clone_protocol::preamble::SUPPORTED;
 
@@ -214,7 +215,7 @@ fn open(agent: &mut Agent, number: u32, disk: &Disk, access: Access) -> Result<O
     };
     agent.send(&Open {
         disk: number,
-        path: bytes_of(path),
+        location: Location::Path(bytes_of(path)),
         access,
     });
     match agent.answer()? {

@@ -49,7 +49,7 @@ pub(super) async fn run(app: &App, host: Option<HostSpec>) -> Result<()> {
         .tempdir_in(std::env::temp_dir())
         .map_err(|error| Error::io("making a directory for the sample disk", error))?;
     let source = directory.path().join("sample.img");
-    let destination = match &host {
+    let copy = match &host {
         HostSpec::Local => directory.path().join("copy.img"),
         HostSpec::Ssh(_) => PathBuf::from(format!(
             "/var/tmp/kvm-clone-demo-{}.img",
@@ -60,10 +60,8 @@ pub(super) async fn run(app: &App, host: Option<HostSpec>) -> Result<()> {
     let demo = Demo {
         context,
         source,
-        destination: DiskSpec {
-            host,
-            path: destination,
-        },
+        host,
+        copy,
     };
     let outcome = demo.play(app.format()).await;
     let cleaned = demo.clean_up().await;
@@ -73,7 +71,8 @@ pub(super) async fn run(app: &App, host: Option<HostSpec>) -> Result<()> {
 struct Demo<'a> {
     context: &'a Context,
     source: PathBuf,
-    destination: DiskSpec,
+    host: HostSpec,
+    copy: PathBuf,
 }
 
 impl Demo<'_> {
@@ -111,11 +110,8 @@ impl Demo<'_> {
     ) -> Result<TransferResult> {
         let request = Request {
             operation,
-            source: DiskSpec {
-                host: HostSpec::Local,
-                path: self.source.clone(),
-            },
-            destination: self.destination.clone(),
+            source: DiskSpec::at(HostSpec::Local, &self.source),
+            destination: DiskSpec::at(self.host.clone(), &self.copy),
             dry_run: false,
             options: Options::default(),
         };
@@ -131,17 +127,17 @@ impl Demo<'_> {
 
     /// The copy goes; the source goes with its directory.
     async fn clean_up(&self) -> Result<()> {
-        if self.destination.host == HostSpec::Local {
+        if self.host == HostSpec::Local {
             return Ok(());
         }
-        let host = Host::new(self.destination.host.clone(), Arc::clone(&self.context.ssh));
+        let host = Host::new(self.host.clone(), Arc::clone(&self.context.ssh));
         let output = host
-            .remove_files(&[&self.destination.path, &partial(&self.destination.path)])
+            .remove_files(&[&self.copy, &partial(&self.copy)])
             .await?;
         if output.status.success() {
             return Ok(());
         }
-        let path = self.destination.path.display();
+        let path = self.copy.display();
         Err(Error::new(
             ErrorCode::Io,
             format!("the sample disk {path} on {host} cannot be removed"),

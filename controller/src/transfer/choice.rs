@@ -5,6 +5,7 @@ use super::request::{MethodChoice, Operation, Request};
 use super::rsync::Rsync;
 use super::scp::Scp;
 use super::{Context, Method};
+use crate::endpoint::DiskSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::Host;
 
@@ -57,7 +58,11 @@ async fn automatic(context: &Context, request: &Request) -> Result<Choice> {
             return Ok(blocksync(&reason));
         }
     }
-    let holds_a_copy = match request.destination.path.to_str() {
+    let paths = [&request.source, &request.destination].map(DiskSpec::path);
+    let [Some(_), Some(path)] = paths else {
+        return Ok(blocksync("it alone reaches what an NBD server exports"));
+    };
+    let holds_a_copy = match path.to_str() {
         Some(path) => to.file_facts(path).await?.is_some(),
         // Another method could not take such a path anyway.
         None => true,

@@ -110,7 +110,12 @@ pub(super) fn cannot(method: &str, what: &str) -> Error {
 
 /// The path behind all symbolic links; of what does not exist, behind those of its directory.
 async fn resolve(host: &Host, disk: &DiskSpec, method: &str) -> Result<String> {
-    let path = disk.path.to_str().ok_or_else(|| {
+    let path = disk.path().ok_or_else(|| {
+        cannot(method, "reach what an NBD server exports")
+            .caused_by(disk.to_string())
+            .hint(BLOCKSYNC_CAN)
+    })?;
+    let path = path.to_str().ok_or_else(|| {
         cannot(method, "take a path that is not UTF-8")
             .caused_by(disk.to_string())
             .hint(BLOCKSYNC_CAN)

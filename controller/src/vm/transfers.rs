@@ -104,10 +104,7 @@ impl Moves {
     }
 
     fn request(&self, each: &Move, n_moves: usize) -> Request {
-        let disk = |host: &HostSpec, path: &str| DiskSpec {
-            host: host.clone(),
-            path: path.into(),
-        };
+        let disk = |host: &HostSpec, path: &str| DiskSpec::at(host.clone(), path);
         let mut options = self.options.clone();
         // The limit is the run's, so those that run at once share it.
         let share = u64::try_from(self.parallel.get().min(n_moves).max(1)).unwrap_or(1);

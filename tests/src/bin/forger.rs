@@ -314,7 +314,7 @@ fn forged_control(neighbour: &str, params: &SessionParams) -> Vec<Frame> {
     vec![
         frame(&Open {
             disk: 7,
-            path: neighbour.as_bytes().to_vec(),
+            location: Location::Path(neighbour.as_bytes().to_vec()),
             access: Access::Destination,
         }),
         frame(&Listen {

@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_clone_protocol::message::{
-    Access, Alive, Control, Failed, FailureCode, Hello, Listen, Listening, Message, Open, Opened,
-    Welcome,
+    Access, Alive, Control, Failed, FailureCode, Hello, Listen, Listening, Location, Message, Open,
+    Opened, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED};
 
@@ -205,7 +205,7 @@ impl Agent {
     pub fn open(&mut self, disk: u32, path: &std::path::Path, access: Access) -> Opened {
         self.send(&Open {
             disk,
-            path: path.as_os_str().as_encoded_bytes().to_vec(),
+            location: Location::Path(path.as_os_str().as_encoded_bytes().to_vec()),
             access,
         });
         match self.next() {

@@ -19,7 +19,7 @@ fn disks_and_links_are_bounded_and_what_there_is_goes_on() {
         let path = path.clone();
         agent.send(&Open {
             disk: number,
-            path,
+            location: Location::Path(path),
             access: Access::Compare,
         });
         match agent.next() {
@@ -51,7 +51,7 @@ fn floods() -> [Flood; 5] {
     let open = |disk| {
         message(&Open {
             disk,
-            path: b"/no/such/disk".to_vec(),
+            location: Location::Path(b"/no/such/disk".to_vec()),
             access: Access::Source,
         })
     };

@@ -23,7 +23,7 @@ fn requests_that_make_no_sense_are_refused_one_by_one() {
         let path = path.to_vec();
         message(&Open {
             disk: 9,
-            path,
+            location: Location::Path(path),
             access,
         })
     };
@@ -85,7 +85,7 @@ fn requests_that_make_no_sense_are_refused_one_by_one() {
             Protocol,
             message(&Open {
                 disk: 0,
-                path: disk.to_vec(),
+                location: Location::Path(disk.to_vec()),
                 access: Access::Source,
             }),
         ),

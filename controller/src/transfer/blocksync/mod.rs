@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Commit, Control, DiskKind, Open, Opened, Prepare,
+    Access, ApplyChoice, Commit, Control, DiskKind, Location, Open, Opened, Prepare,
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 
@@ -23,6 +23,7 @@ use super::copy::torn;
 use super::request::{LiveRead, Operation, Request, Verification};
 use super::result::TransferResult;
 use super::{At as _, BeforeChange, Context, Job, Method, Stopped, Working};
+use crate::endpoint::DiskLocation;
 use crate::error::{Error, ErrorCode, Result};
 use pair::{Pair, Side, unexpected};
 use sessions::Sessions;
@@ -149,6 +150,7 @@ async fn open(pair: &mut Pair, at: usize, job: &mut Job<'_>) -> Result<Disks> {
         destination,
     };
     check_distinct(pair, request, &disks)?;
+    check_reread(request, &disks)?;
     check_sizes(request, &disks, result)?;
     Ok(disks)
 }
@@ -166,7 +168,10 @@ async fn open_one(
     };
     let open = Open {
         disk: number(at),
-        path: disk.path.as_os_str().as_bytes().to_vec(),
+        location: match &disk.location {
+            DiskLocation::Path(path) => Location::Path(path.as_os_str().as_bytes().to_vec()),
+            DiskLocation::Nbd(uri) => Location::Export(uri.export()),
+        },
         access,
     };
     match pair.ask(side, Some(open.disk), &open).await? {
@@ -186,12 +191,27 @@ fn check_distinct(pair: &Pair, request: &Request, disks: &Disks) -> Result<()> {
     let (ours, theirs) = (&disks.source, &disks.destination);
     let same_identity = ours.identity.is_some() && ours.identity == theirs.identity;
     let same_storage = !ours.storage.is_empty() && ours.storage == theirs.storage;
-    if pair.is_one_kernel() && same_identity || same_storage {
-        let (source, destination) = (&request.source, &request.destination);
+    let (source, destination) = (&request.source, &request.destination);
+    let same_export = ours.kind == DiskKind::Export && source.location == destination.location;
+    if pair.is_one_kernel() && (same_identity || same_export) || same_storage {
         let message = format!("{source} and {destination} are one and the same disk");
         return Err(Error::new(ErrorCode::Refused, message));
     }
     Ok(())
+}
+
+/// What a server has written is in its caches as well, which nobody else can look past.
+fn check_reread(request: &Request, disks: &Disks) -> Result<()> {
+    let rereads = request.options.verify == Verification::Reread;
+    if !rereads || disks.destination.kind != DiskKind::Export {
+        return Ok(());
+    }
+    let message = format!(
+        "{} cannot be read again past its server's caches",
+        request.destination
+    );
+    Err(Error::new(ErrorCode::MissingRequirement, message)
+        .hint("--verify streamed compares what was received"))
 }
 
 fn check_sizes(request: &Request, disks: &Disks, result: &mut TransferResult) -> Result<()> {
@@ -200,21 +220,22 @@ fn check_sizes(request: &Request, disks: &Disks, result: &mut TransferResult) ->
         let message = format!("{} is larger than any disk may be", request.source);
         return Err(Error::new(ErrorCode::Refused, message));
     }
-    if destination.kind != DiskKind::Device {
-        return Ok(());
-    }
+    let what = match destination.kind {
+        DiskKind::Device => "device",
+        DiskKind::Export => "export",
+        DiskKind::File | DiskKind::Missing => return Ok(()),
+    };
+    let name = &request.destination;
     if destination.size < source.size {
-        let message = format!(
-            "the device {} has {} bytes, {} has {}",
-            request.destination, destination.size, request.source, source.size
-        );
-        return Err(Error::new(ErrorCode::NoSpace, message).hint("take a larger device"));
+        let (size, needed, of) = (destination.size, source.size, &request.source);
+        let message = format!("the {what} {name} has {size} bytes, {of} has {needed}");
+        let hint = format!("take a larger {what}");
+        return Err(Error::new(ErrorCode::NoSpace, message).hint(hint));
     }
     if destination.size > source.size {
+        let rest = destination.size - source.size;
         result.warnings.push(format!(
-            "the device {} is larger than the source: its last {} bytes are left as they are",
-            request.destination,
-            destination.size - source.size
+            "the {what} {name} is larger than the source: its last {rest} bytes are left as they are"
         ));
     }
     Ok(())

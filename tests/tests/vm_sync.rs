@@ -2,8 +2,12 @@
 
 use std::os::unix::fs::FileExt as _;
 
-use kvm_clone_tests::hypervisor::{Site, Vm, mark, set_mark};
+use kvm_clone_tests::hypervisor::{Site, SiteSpec, Vm, mark, set_mark};
 use kvm_clone_tests::image::{MIB, assert_equal};
+use kvm_clone_tests::process::wait_for;
+
+/// How long anything may take on a machine that does other things as well.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Writes other bytes into one block of 64 KiB of every hundred, of the data of a disk of 64 MiB.
 fn change_one_percent(disk: &std::path::Path) -> u64 {
@@ -191,7 +195,9 @@ fn swapped_arguments_and_running_targets_overwrite_nothing() {
 
 #[test]
 fn a_running_source_is_refused_paused_or_read_torn() {
-    let Some(site) = Site::start() else { return };
+    let Some(site) = Site::with(&SiteSpec::without_reflinks()) else {
+        return;
+    };
     site.define(&site.a, &Vm::new("live"));
     site.a.virsh(&["start", "live"]);
     let state = || site.a.virsh(&["domstate", "live"]).trim().to_owned();
@@ -219,9 +225,7 @@ fn a_running_source_is_refused_paused_or_read_torn() {
     clone("l3", &["--live", "pause"]).wait().expect_code(0);
     assert_eq!(state(), "running");
     let wait_until = |wanted: &str| {
-        kvm_clone_tests::process::wait_for(wanted, std::time::Duration::from_secs(60), || {
-            (state() == wanted).then_some(())
-        });
+        wait_for(wanted, PATIENCE, || (state() == wanted).then_some(()));
     };
     let killed = clone("l4", &["--live", "pause", "--bandwidth-limit", "1M"]);
     wait_until("paused");
@@ -305,4 +309,80 @@ fn vms_of_several_hosts_are_listed_and_a_host_that_is_gone_is_a_row() {
     let result = gone.expect_code(1).json();
     assert_eq!(result["hosts"][0]["vms"][0]["name"], "one");
     assert_eq!(result["hosts"][1]["error"]["code"], "host_unreachable");
+}
+
+#[test]
+fn where_files_share_blocks_a_vm_is_suspended_only_while_its_disks_are_copied() {
+    let Some(site) = Site::start() else { return };
+    let disks = [("vda", "raw"), ("vdb", "qcow2")];
+    let disk = |name: &str| site.a.image(&format!("live-{name}"));
+    site.define(&site.a, &Vm::new("live").disks(&disks));
+    site.a.virsh(&["start", "live"]);
+    let state = || site.a.virsh(&["domstate", "live"]).trim().to_owned();
+    let start = |name: &'static str| {
+        let words = ["clone", "hvA", "hvB", "live", "--new-name", name];
+        let options = ["--method", "blocksync", "--live", "pause"];
+        let slowly = ["--bandwidth-limit", "4M"];
+        site.controller
+            .start(words.iter().chain(&options).chain(&slowly))
+    };
+    let copy = disk(".kc").with_file_name(".live-vdb.qcow2.kc-paused");
+    let wait_for_copies = || {
+        wait_for("copies of a VM that runs", PATIENCE, || {
+            (copy.exists() && state() == "running").then_some(())
+        });
+    };
+    let before = std::fs::read(disk("vdb.qcow2")).unwrap();
+    let running = start("l1");
+    wait_for_copies();
+    // What comes after that instant is no part of the clone. Nobody writes there but this test.
+    let later = std::fs::File::options()
+        .write(true)
+        .open(disk("vdb.qcow2"))
+        .unwrap();
+    later
+        .write_all_at(&[0x5a; 4096], before.len() as u64 - 8192)
+        .unwrap();
+    let run = running.wait();
+    let result = run.expect_json();
+    assert_eq!(std::fs::read(site.b.image("l1-vdb.qcow2")).unwrap(), before);
+    let sources: Vec<&str> = result["disks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|disk| disk["source"].as_str().unwrap())
+        .collect();
+    assert!(
+        sources.iter().all(|source| !source.contains("kc-paused")),
+        "{run}"
+    );
+    assert!(!copy.exists(), "{run}");
+
+    // Its host removes the copies by itself.
+    let killed = start("l2");
+    wait_for_copies();
+    killed.signal(nix::sys::signal::Signal::SIGKILL);
+    drop(killed);
+    wait_for("the end of the copies", PATIENCE, || {
+        (!copy.exists()).then_some(())
+    });
+    assert_eq!(state(), "running");
+    // And where that dies too, the next run does, or `recover`.
+    let killed = start("l2");
+    wait_for_copies();
+    let _ = site.a.exec(&["pkill", "-9", "-f", "kvm-clone-done"]);
+    killed.signal(nix::sys::signal::Signal::SIGKILL);
+    drop(killed);
+    assert!(copy.exists());
+    // It is for the user to resume a VM that the user has suspended since, but nobody can tell.
+    let recovered = wait_for("the end of the run", PATIENCE, || {
+        let run = site.controller.run(["recover", "hvA"]);
+        let found = run.json()["hosts"][0].to_string();
+        (!found.contains("running\"")).then_some(run)
+    });
+    assert!(!copy.exists(), "{recovered}");
+    assert_eq!(state(), "running");
+    site.controller.run(["recover", "hvB"]).expect_code(0);
+    site.a.assert_tidy();
+    site.b.assert_tidy();
 }

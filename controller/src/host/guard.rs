@@ -20,11 +20,13 @@ const END_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Guard {
     process: Child,
     stdin: ChildStdin,
+    /// What was written when it was done, after what a login may write.
+    said: Vec<u8>,
 }
 
 /// What came of a script that was to stay.
 enum Stay {
-    Begun(Guard),
+    Begun(Box<Guard>),
     Ended {
         code: Option<i32>,
         complaint: String,
@@ -44,12 +46,46 @@ impl Host {
         };
         let text = script::guard(&owned(begin)?, &owned(undo)?, &self.tool_words(forget)?);
         match self.stay(&text).await? {
-            Stay::Begun(guard) => Ok(guard),
+            Stay::Begun(guard) => Ok(*guard),
             Stay::Ended { complaint, .. } => {
-                let message = format!("\"{}\" failed on {self}", begin.join(" "));
+                let name = begin.first().map_or("", String::as_str);
+                let message = match name {
+                    "sh" => format!("it could not be begun on {self}"),
+                    _ => format!("\"{}\" failed on {self}", begin.join(" ")),
+                };
                 Err(Error::new(ErrorCode::Io, message).caused_by(complaint))
             }
         }
+    }
+
+    /// Suspends a VM until the guard ends, or this program or the connection does; where files can
+    /// be copied by sharing their blocks, only for as long as that takes: then the copies are there
+    /// until the guard ends. Whether they are comes with it. `forget` is as for
+    /// [`guard`](Self::guard).
+    ///
+    /// # Errors
+    /// As [`guard`](Self::guard).
+    pub async fn suspend(
+        &self,
+        uri: &str,
+        vm: &str,
+        copies: &[(String, String)],
+        forget: &[&str],
+    ) -> Result<(Guard, bool)> {
+        let words = |text: String, names: Vec<&String>| {
+            let fixed = ["sh", "-c", &text, uri, vm].map(str::to_owned);
+            fixed
+                .into_iter()
+                .chain(names.into_iter().cloned())
+                .collect()
+        };
+        let pairs = copies.iter().flat_map(|(from, to)| [from, to]).collect();
+        let names = copies.iter().map(|(_, to)| to).collect();
+        let begin: Vec<String> = words(script::suspend(), pairs);
+        let undo: Vec<String> = words(script::resume(), names);
+        let guard = self.guard(&begin, &undo, forget).await?;
+        let copied = find(&guard.said, script::COPIED).is_some();
+        Ok((guard, copied))
     }
 
     /// Takes a lock that falls when the guard ends, or this program or the connection does.
@@ -61,7 +97,7 @@ impl Host {
     pub async fn lock(&self, path: &str) -> Result<Option<Guard>> {
         let text = self.tool_words(&["sh", "-c", &script::lock(), path])?;
         let (code, complaint) = match self.stay(&text).await? {
-            Stay::Begun(guard) => return Ok(Some(guard)),
+            Stay::Begun(guard) => return Ok(Some(*guard)),
             Stay::Ended { code, complaint } => (code, complaint),
         };
         match code {
@@ -108,7 +144,11 @@ impl Host {
         }
         tokio::spawn(drain(stderr, 0));
         tokio::spawn(drain(Some(stdout), 0));
-        Ok(Stay::Begun(Guard { process, stdin }))
+        Ok(Stay::Begun(Box::new(Guard {
+            process,
+            stdin,
+            said,
+        })))
     }
 }
 

@@ -359,17 +359,49 @@ pub(super) fn errand(command: &str, known_hosts: &[u8]) -> Result<String> {
     )))
 }
 
-/// Runs `begin`, waits for a line or the end of standard input, and runs `undo`; after a line also
-/// `forget`. All three are quoted commands. A hang-up of the login does not keep it from that.
+/// Runs `begin`, passes on what it writes, waits for a line or the end of standard input, and runs
+/// `undo`; after a line also `forget`. All three are quoted commands. A hang-up of the login does not keep it from that.
 pub(super) fn guard(begin: &str, undo: &str, forget: &str) -> String {
     one_line(&format!(
         r#"trap "" HUP INT TERM PIPE;
-        {begin} >/dev/null </dev/null || exit 70;
+        {begin} </dev/null || exit 70;
         echo; echo kvm-clone-done;
         l=; IFS= read -r l;
         {undo} >/dev/null </dev/null || exit 71;
         [ -z "$l" ] || {forget} </dev/null"#
     ))
+}
+
+/// What [`suspend`] says when it has made the copies.
+pub(super) const COPIED: &[u8] = b"\nkvm-clone-copied\n";
+
+/// Suspends the VM `$1` of the libvirt at `$0`. Where the files that follow, pairs of a name and
+/// another, can be copied by sharing their blocks, it makes these copies and resumes the VM;
+/// else there are no copies, and it stays suspended.
+pub(super) fn suspend() -> String {
+    one_line(
+        r#"umask 077; u=$0; v=$1; shift; n=$#;
+        virsh -q -c "$u" suspend "$v" || exit 70;
+        i=0; copied=yes;
+        while [ $i -lt $n ]; do
+        if [ "$copied" ]; then rm -f -- "$2"; cp --reflink=always -- "$1" "$2" 2>/dev/null || copied=; fi;
+        set -- "$@" "$2"; shift 2; i=$((i+2));
+        done;
+        if [ "$copied" ] && [ $n -gt 0 ]; then
+        for t in 1 2 3; do virsh -q -c "$u" resume "$v" && { echo; echo kvm-clone-copied; exit 0; }; sleep 1; done;
+        fi;
+        rm -f -- "$@""#,
+    )
+}
+
+/// Ends what [`suspend`] began, with the names of the copies alone: where they are there the VM
+/// runs already.
+pub(super) fn resume() -> String {
+    one_line(
+        r#"u=$0; v=$1; shift;
+        if [ $# -gt 0 ] && [ -e "$1" ]; then rm -f -- "$@";
+        else virsh -q -c "$u" resume "$v"; fi"#,
+    )
 }
 
 /// With which [`lock`] says that somebody else has it.

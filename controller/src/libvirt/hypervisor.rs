@@ -110,8 +110,13 @@ impl Hypervisor {
         Err(self.explain(words, &output.stderr))
     }
 
-    /// The command line of virsh with these words, for a host to run by itself.
-    pub fn words(&self, words: &[&str]) -> Vec<String> {
+    /// The URI of its libvirt, as seen from the host.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// The command line of virsh with these words.
+    fn words(&self, words: &[&str]) -> Vec<String> {
         let all = ["virsh", "-q", "-c", &self.uri]
             .into_iter()
             .chain(words.iter().copied());

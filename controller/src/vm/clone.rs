@@ -216,8 +216,9 @@ struct Making<'a> {
 impl Making<'_> {
     /// Everything that the new VM consists of, but not its definition.
     async fn make(&self, result: &mut VmResult) -> Result<()> {
-        let suspension = Suspension::begin(self.survey, self.request.live).await?;
-        let copied = self.copy(result).await;
+        let mut files = self.moves();
+        let suspension = Suspension::begin(self.survey, self.request.live, &files).await?;
+        let copied = self.copy(&mut files, suspension.as_ref(), result).await;
         let resumed = match suspension {
             Some(suspension) => suspension.end().await,
             None => Ok(()),
@@ -232,7 +233,26 @@ impl Making<'_> {
         Ok(())
     }
 
-    async fn copy(&self, result: &mut VmResult) -> Result<()> {
+    /// The files that are large.
+    fn moves(&self) -> Vec<Move> {
+        let files = self.plan.files.iter();
+        files
+            .map(|file| Move {
+                target: file.target.clone(),
+                source: file.source.clone(),
+                read_from: None,
+                destination: file.destination.clone(),
+                own_reference: false,
+            })
+            .collect()
+    }
+
+    async fn copy(
+        &self,
+        files: &mut [Move],
+        suspension: Option<&Suspension>,
+        result: &mut VmResult,
+    ) -> Result<()> {
         for (from, to) in &self.plan.small_files {
             self.copy_small(from, to).await?;
         }
@@ -242,6 +262,9 @@ impl Making<'_> {
         }
         let mut options = self.request.options.clone();
         options.live = self.request.live.read(self.survey.domain.state);
+        if let Some(suspension) = suspension {
+            suspension.redirect(files, &mut options);
+        }
         let moves = Moves {
             operation: Operation::Sync,
             from: self.request.source.clone(),
@@ -250,19 +273,8 @@ impl Making<'_> {
             dry_run: false,
             parallel: self.request.parallel,
         };
-        let files: Vec<Move> = self
-            .plan
-            .files
-            .iter()
-            .map(|file| Move {
-                target: file.target.clone(),
-                source: file.source.clone(),
-                destination: file.destination.clone(),
-                own_reference: false,
-            })
-            .collect();
         let nothing = Box::pin(async { Ok(()) });
-        let (disks, done) = moves.run(self.context, &files, nothing).await;
+        let (disks, done) = moves.run(self.context, files, nothing).await;
         result.take_disks(disks);
         done?;
         for file in self.plan.files.iter().filter(|file| file.public) {

@@ -68,6 +68,7 @@ fn pair_images(disk: &SurveyedDisk, theirs: &SurveyedDisk, obstacles: &mut Obsta
             target: target.clone(),
             source: from.path.clone(),
             destination: to.path.clone(),
+            read_from: None,
             own_reference: from.backing != to.backing,
         })
         .collect()

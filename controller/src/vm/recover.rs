@@ -3,7 +3,7 @@
 //! left alone. A host without records is not asked for libvirt.
 //!
 //! ```text
-//!  paused    the VM is resumed
+//!  paused    the VM is resumed, and copies of its disks are removed
 //!  clones    what was made for a VM that never came to be is removed
 //!  lineage   images that stand on another get their own reference to it again; that a sync has
 //!            not ended stays remembered, for the next one
@@ -95,6 +95,7 @@ async fn resume(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Optio
     };
     let of = |fate, note: &str| Some(left(Kind::Paused, &paused.vm, fate, note));
     let Some(domain) = on.find_domain(uuid).await? else {
+        on.host().remove(&paused.copies).await?;
         state::forget(on, Kind::Paused, uuid).await?;
         return Ok(None);
     };
@@ -102,7 +103,7 @@ async fn resume(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Optio
         let note = format!("it was suspended, and is {}", domain.state);
         return Ok(of(Fate::Unfinished, &note));
     }
-    let state = live::resume(on, uuid, domain.state).await?;
+    let state = live::resume(on, uuid, domain.state, &paused.copies).await?;
     Ok(of(
         Fate::Finished,
         &format!("it was suspended, and is {state} now"),

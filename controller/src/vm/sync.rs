@@ -80,7 +80,7 @@ async fn sync(
     let from = Hypervisor::new(context.host(&request.source), connect);
     let to = Hypervisor::new(context.host(&request.destination), connect);
     tokio::try_join!(from.host().share(), to.host().share())?;
-    let fit = prepare(&from, &to, request, result).await?;
+    let mut fit = prepare(&from, &to, request, result).await?;
     let uuid = fit.target.domain.definition.uuid();
     let references = Reference::replaced(&fit.source, &fit.target);
     let lineage = Lineage::begun(&fit.source, references);
@@ -92,9 +92,17 @@ async fn sync(
     } else {
         request.live
     };
-    let suspension = Suspension::begin(&fit.source, live).await?;
+    let suspension = Suspension::begin(&fit.source, live, &fit.moves).await?;
     let before = Box::pin(lineage.write(&to, uuid));
-    let copied = copy(context, request, &fit, before, result).await;
+    let copied = copy(
+        context,
+        request,
+        &mut fit,
+        suspension.as_ref(),
+        before,
+        result,
+    )
+    .await;
     let resumed = match suspension {
         Some(suspension) => suspension.end().await,
         None => Ok(()),
@@ -190,12 +198,16 @@ fn without(mut survey: Survey, excluded: &[String]) -> Survey {
 async fn copy(
     context: &Context,
     request: &SyncRequest,
-    fit: &Fit,
+    fit: &mut Fit,
+    suspension: Option<&Suspension>,
     before: BeforeChange<'_>,
     result: &mut VmResult,
 ) -> Result<()> {
     let mut options = request.options.clone();
     options.live = request.live.read(fit.source.domain.state);
+    if let Some(suspension) = suspension {
+        suspension.redirect(&mut fit.moves, &mut options);
+    }
     if request.dry_run {
         // The other methods cannot tell without writing.
         options.method = MethodChoice::Blocksync;

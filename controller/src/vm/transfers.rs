@@ -19,6 +19,8 @@ use crate::transfer::{
 pub(super) struct Move {
     pub(super) target: String,
     pub(super) source: String,
+    /// What is read in its place: a copy that holds still.
+    pub(super) read_from: Option<String>,
     pub(super) destination: String,
     /// The two hold different references to the image below them, each its own.
     pub(super) own_reference: bool,
@@ -59,11 +61,13 @@ impl Moves {
             }
             self.run_each(context, requests).await
         };
-        let targets = moves.iter().map(|each| each.target.clone());
-        let disks: Vec<DiskResult> = targets
-            .zip(results)
-            .map(|(target, transfer)| DiskResult { target, transfer })
-            .collect();
+        let named = |(each, mut transfer): (&Move, TransferResult)| {
+            // Nobody knows the copy that was read.
+            transfer.source = DiskSpec::at(self.from.clone(), &each.source).to_string();
+            let target = each.target.clone();
+            DiskResult { target, transfer }
+        };
+        let disks: Vec<DiskResult> = moves.iter().zip(results).map(named).collect();
         let failed = first_failure(&disks);
         (disks, failed.map_or(Ok(()), Err))
     }
@@ -111,7 +115,7 @@ impl Moves {
         options.bandwidth_limit = options.bandwidth_limit.map(|limit| (limit / share).max(1));
         Request {
             operation: self.operation,
-            source: disk(&self.from, &each.source),
+            source: disk(&self.from, each.read_from.as_ref().unwrap_or(&each.source)),
             destination: disk(&self.to, &each.destination),
             dry_run: self.dry_run,
             options,

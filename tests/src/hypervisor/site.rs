@@ -45,6 +45,17 @@ impl Default for SiteSpec {
     }
 }
 
+impl SiteSpec {
+    /// A site of which neither host can copy files by sharing their blocks.
+    #[must_use]
+    pub fn without_reflinks() -> Self {
+        Self {
+            kinds: [Kind::Ext4, Kind::Ext4],
+            ..Self::default()
+        }
+    }
+}
+
 /// Two hypervisors and a controller. Fields are dropped in order.
 #[derive(Debug)]
 pub struct Site {

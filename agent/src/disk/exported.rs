@@ -20,14 +20,12 @@ use super::blocks::{Blocks, Each};
 use super::map::Map;
 use super::read::{Missing, Scratch};
 use super::throttle::admit;
+use super::write::ZEROS;
 use crate::failure::Failure;
 use crate::nbd::{Address, Export, NbdError};
 
 /// Zeros at most in one request, in bytes: a server that writes them has an end in sight.
 const ZEROS_LEN: u64 = 64 << 20;
-
-/// Zeros to write, where a server has no better way.
-static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
 
 /// An open export.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use crate::failure::Failure;
 const GRAIN: usize = 4096;
 
 /// Zeros to write where no hole can be had.
-static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
+pub(super) static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
 
 impl Image {
     /// Writes a block with its zero pages as holes.

@@ -40,8 +40,9 @@ struct Hosts {
 /// What `clone` and `sync` have in common.
 #[derive(Debug, Args)]
 struct Moving {
-    /// What to do about a VM that runs: refuse, pause (suspend it while its disks are read) or
-    /// torn (read them as they are) [default: auto, which refuses]
+    /// What to do about a VM that runs: refuse, pause (suspend it while its disks are read, on XFS
+    /// and btrfs only while they are copied) or torn (read them as they are) [default: auto, which
+    /// refuses]
     #[arg(long, value_name = "auto|refuse|pause|torn")]
     live: Option<LiveChoice>,
     #[command(flatten)]

@@ -360,7 +360,8 @@ pub(super) fn errand(command: &str, known_hosts: &[u8]) -> Result<String> {
 }
 
 /// Runs `begin`, passes on what it writes, waits for a line or the end of standard input, and runs
-/// `undo`; after a line also `forget`. All three are quoted commands. A hang-up of the login does not keep it from that.
+/// `undo`; after a line also `forget`. All three are quoted commands. A hang-up of the login does
+/// not keep it from that.
 pub(super) fn guard(begin: &str, undo: &str, forget: &str) -> String {
     one_line(&format!(
         r#"trap "" HUP INT TERM PIPE;

@@ -216,9 +216,8 @@ struct Making<'a> {
 impl Making<'_> {
     /// Everything that the new VM consists of, but not its definition.
     async fn make(&self, result: &mut VmResult) -> Result<()> {
-        let mut files = self.moves();
-        let suspension = Suspension::begin(self.survey, self.request.live, &files).await?;
-        let copied = self.copy(&mut files, suspension.as_ref(), result).await;
+        let suspension = Suspension::begin(self.survey, self.request.live).await?;
+        let copied = self.copy(suspension.as_ref(), result).await;
         let resumed = match suspension {
             Some(suspension) => suspension.end().await,
             None => Ok(()),
@@ -233,26 +232,7 @@ impl Making<'_> {
         Ok(())
     }
 
-    /// The files that are large.
-    fn moves(&self) -> Vec<Move> {
-        let files = self.plan.files.iter();
-        files
-            .map(|file| Move {
-                target: file.target.clone(),
-                source: file.source.clone(),
-                read_from: None,
-                destination: file.destination.clone(),
-                own_reference: false,
-            })
-            .collect()
-    }
-
-    async fn copy(
-        &self,
-        files: &mut [Move],
-        suspension: Option<&Suspension>,
-        result: &mut VmResult,
-    ) -> Result<()> {
+    async fn copy(&self, suspension: Option<&Suspension>, result: &mut VmResult) -> Result<()> {
         for (from, to) in &self.plan.small_files {
             self.copy_small(from, to).await?;
         }
@@ -262,8 +242,18 @@ impl Making<'_> {
         }
         let mut options = self.request.options.clone();
         options.live = self.request.live.read(self.survey.domain.state);
+        let files = self.plan.files.iter();
+        let mut files: Vec<Move> = files
+            .map(|file| Move {
+                target: file.target.clone(),
+                source: file.source.clone(),
+                read_from: None,
+                destination: file.destination.clone(),
+                own_reference: false,
+            })
+            .collect();
         if let Some(suspension) = suspension {
-            suspension.redirect(files, &mut options);
+            suspension.redirect(&mut files, &mut options);
         }
         let moves = Moves {
             operation: Operation::Sync,
@@ -274,7 +264,7 @@ impl Making<'_> {
             parallel: self.request.parallel,
         };
         let nothing = Box::pin(async { Ok(()) });
-        let (disks, done) = moves.run(self.context, files, nothing).await;
+        let (disks, done) = moves.run(self.context, &files, nothing).await;
         result.take_disks(disks);
         done?;
         for file in self.plan.files.iter().filter(|file| file.public) {

@@ -98,21 +98,19 @@ pub(super) struct Suspension {
 }
 
 impl Suspension {
-    /// Has the disks with these names hold still, if the VM runs and is to be suspended.
+    /// Has the images that the guest writes to hold still, if the VM runs and is to be suspended.
+    /// Those below them are written to by nobody.
     ///
     /// # Errors
     /// When it cannot be suspended; it runs on then.
-    pub(super) async fn begin(
-        source: &Survey,
-        choice: LiveChoice,
-        disks: &[Move],
-    ) -> Result<Option<Self>> {
+    pub(super) async fn begin(source: &Survey, choice: LiveChoice) -> Result<Option<Self>> {
         if choice != LiveChoice::Pause || source.domain.state != DomainState::Running {
             return Ok(None);
         }
         let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
         let vm = source.name().to_owned();
-        let names = disks.iter().map(|disk| disk.source.clone());
+        let images = source.disks.iter().filter_map(|disk| disk.images.first());
+        let names = images.map(|image| image.path.clone());
         let mut copies: Vec<_> = names.map(|name| (copy_name(&name), name)).collect();
         let paused = Paused {
             format: 1,

@@ -92,7 +92,7 @@ async fn sync(
     } else {
         request.live
     };
-    let suspension = Suspension::begin(&fit.source, live, &fit.moves).await?;
+    let suspension = Suspension::begin(&fit.source, live).await?;
     let before = Box::pin(lineage.write(&to, uuid));
     let copied = copy(
         context,

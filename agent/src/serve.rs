@@ -496,7 +496,8 @@ impl Server {
 
 /// Lets all changes count: one note names every destination, and from then on all go forward.
 fn commit_all(slots: &[Option<&Slot>], run: &mut Option<Run>) -> Result<(), Failure> {
-    if !slots.iter().all(|slot| slot.is_some_and(Slot::is_prepared)) {
+    let is_ready = |slot: &Option<&Slot>| slot.is_some_and(Slot::is_prepared);
+    if slots.is_empty() || !slots.iter().all(is_ready) {
         return Err(protocol("commit: not all of them are prepared".to_owned()));
     }
     // What is written in place without a note counts already.

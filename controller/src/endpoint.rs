@@ -336,7 +336,7 @@ mod tests {
             b"hv:image.raw",
             b"hv:",
             b":/x",
-            b"nbd:/x",
+            b"nbd:x",
             b"hv:nbd:x",
             b"\xff:/x",
         ] {

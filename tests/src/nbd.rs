@@ -57,6 +57,14 @@ impl NbdServer {
         format!("nbd+unix:///{export}?socket={}", self.socket.display())
     }
 
+    /// Waits until somebody is connected: nbdkit then has threads for requests.
+    pub fn wait_for_client(&self) {
+        let threads = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        wait_for("a client of nbdkit", Duration::from_secs(20), || {
+            (threads.read_dir().ok()?.count() > 1).then_some(())
+        });
+    }
+
     /// Ends it, at once.
     pub fn kill(&mut self) {
         // It may have ended by itself.

@@ -271,10 +271,7 @@ fn a_read_error_and_a_server_that_dies_leave_the_destination_as_it_was() {
     let running = lab
         .controller
         .start(["disk", "sync", &from, &at("hvB", &copy)]);
-    wait_for("an agent", Duration::from_secs(20), || {
-        lab.a.agents().first().cloned()
-    });
-    std::thread::sleep(Duration::from_millis(1500));
+    server.wait_for_client();
     server.kill();
     running.wait().expect_failure(1, &["io"], "NBD export");
     assert_eq!(fs::read(&copy).unwrap(), before);

@@ -48,11 +48,7 @@ impl Host {
         match self.stay(&text).await? {
             Stay::Begun(guard) => Ok(*guard),
             Stay::Ended { complaint, .. } => {
-                let name = begin.first().map_or("", String::as_str);
-                let message = match name {
-                    "sh" => format!("it could not be begun on {self}"),
-                    _ => format!("\"{}\" failed on {self}", begin.join(" ")),
-                };
+                let message = format!("it could not be begun on {self}");
                 Err(Error::new(ErrorCode::Io, message).caused_by(complaint))
             }
         }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::{Whence, lseek};
 
 use super::{BLOCK, PAGE, open_read, size_of};
@@ -51,6 +52,16 @@ fn extents(file: &File, size: u64) -> Vec<(u64, u64)> {
         offset = end;
     }
     found
+}
+
+/// Takes a file out of the page cache.
+///
+/// # Panics
+/// When that fails.
+pub fn evict(path: &Path) {
+    let file = open_read(path);
+    file.sync_all().unwrap();
+    posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
 }
 
 /// Bytes of a file that are not holes.

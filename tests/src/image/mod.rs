@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 mod difference;
 
 pub use difference::{
-    Difference, allocated, assert_equal, assert_same_start, data_bytes, difference, length,
+    Difference, allocated, assert_equal, assert_same_start, data_bytes, difference, evict, length,
     nonzero_bytes,
 };
 

@@ -21,7 +21,9 @@ use kvm_clone_protocol::message::{
 use kvm_clone_protocol::sync::{DATA_AHEAD, Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
 
-use crate::disk::{self, Destination, Disk, Image, Kept, Run, Sent, Stamp, Target, Version};
+use crate::disk::{
+    self, Described, Destination, Disk, Exported, Image, Kept, Run, Sent, Stamp, Target, Version,
+};
 use crate::failure::Failure;
 use crate::session::Session;
 
@@ -73,19 +75,35 @@ pub(crate) struct Ready {
 
 /// Digests of a source that count once it has been read, and is what it was.
 pub(crate) struct Keeping {
-    image: Arc<Image>,
     kept: Arc<Kept>,
-    stamp: Stamp,
-    /// What the next run may find beside digests.
-    sent: Sent,
+    of: Source,
+}
+
+/// What tells which version of a source was read.
+enum Source {
+    Image {
+        image: Arc<Image>,
+        stamp: Stamp,
+        /// What the next run may find beside digests.
+        sent: Sent,
+    },
+    Export(Arc<Exported>),
 }
 
 impl Keeping {
     /// The session has ended well.
     pub(crate) fn record(&self) {
-        // What was copied ahead of all reading was read, if it has been the same throughout.
-        let now = self.image.stamp().filter(|now| *now == self.stamp);
-        self.kept.record(now, now.and_then(|_| self.sent.keep()));
+        self.kept.record(match &self.of {
+            // What was copied ahead of all reading was read, if it has been the same throughout.
+            Source::Image { image, stamp, sent } => {
+                let now = image.stamp().filter(|now| now == stamp);
+                now.map(|stamp| Described::File {
+                    stamp,
+                    sent: sent.keep(),
+                })
+            }
+            Source::Export(exported) => exported.version(),
+        });
     }
 }
 
@@ -218,6 +236,8 @@ impl Slot {
                     let (apply, warning) = exported.begin(start.apply)?;
                     started.apply = Some(apply);
                     warnings.push(warning);
+                    let kept = exported.keep(keeps, geometry, false, !start.full_scan);
+                    self.kept = kept.map(Arc::new);
                 }
                 Some(Arc::new(Disk::exported(Arc::clone(exported))))
             }
@@ -264,7 +284,11 @@ impl Slot {
                 if start.keep_sent.is_some() {
                     warnings.push(no_copy(exported, &"files alone have copies"));
                 }
-                return None;
+                let kept = exported.keep(keeps, geometry, true, !start.full_scan)?;
+                return Some(Keeping {
+                    kept: Arc::new(kept),
+                    of: Source::Export(Arc::clone(exported)),
+                });
             }
             _ => return None,
         };
@@ -288,10 +312,12 @@ impl Slot {
                 Sent::None
             });
         Some(Keeping {
-            image: Arc::clone(image),
             kept: Arc::new(kept),
-            stamp,
-            sent,
+            of: Source::Image {
+                image: Arc::clone(image),
+                stamp,
+                sent,
+            },
         })
     }
 
@@ -351,9 +377,14 @@ impl Slot {
 
     /// The new version counts, and so do its digests.
     pub(crate) fn committed(&self) {
-        if let (Target::Destination(destination), Some(kept)) = (&self.target, &self.kept) {
-            kept.record(destination.committed(), None);
-        }
+        let Some(kept) = &self.kept else { return };
+        kept.record(match &self.target {
+            Target::Destination(destination) => destination
+                .committed()
+                .map(|stamp| Described::File { stamp, sent: None }),
+            Target::Exported(exported) => exported.version(),
+            Target::Readable(_) => None,
+        });
     }
 
     /// The run ends here: keeps what the next one can take up. Tells whether anything is left.

@@ -208,6 +208,23 @@ pub struct NbdExport {
     pub server: NbdServer,
     /// What the server calls it; may be empty.
     pub name: String,
+    /// By what the run before is built upon; `None`: all of it is read.
+    pub history: Option<History>,
+}
+
+/// What an export shows, from run to run. Nothing about an export tells its versions apart, so the
+/// controller names them: it makes what the export shows, and knows whether it was changed since.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct History {
+    /// Path of the image that holds it.
+    pub image: Vec<u8>,
+    /// The version that the last run left; `None` where there is none that can be built upon.
+    pub was: Option<String>,
+    /// The version that it is once this run has ended.
+    pub becomes: String,
+    /// The metadata context of the export that tells what was changed since the version it was;
+    /// `None`: nothing was.
+    pub changed: Option<String>,
 }
 
 /// Where an NBD server listens.

@@ -739,6 +739,7 @@ fn the_choices_have_their_numbers() {
         location: Location::Export(NbdExport {
             server,
             name: String::new(),
+            history: None,
         }),
         access: Access::Source,
     };

@@ -214,7 +214,7 @@ fn a_running_source_is_refused_paused_or_read_torn() {
         ];
         site.controller.start(words.iter().chain(options))
     };
-    clone("l1", &[])
+    clone("l1", &["--live", "refuse"])
         .wait()
         .expect_failure(5, &["refused"], "running");
     let torn = clone("l2", &["--live", "torn"]).wait();

@@ -8,15 +8,18 @@ use std::fmt;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use kvm_clone_protocol::message::{
-    Access, Apply, ApplyChoice, DiskKind, FailureCode, IoChoice, NbdExport, NbdServer, Opened,
+    Access, Apply, ApplyChoice, DiskKind, FailureCode, History, IoChoice, Keeps, NbdExport,
+    NbdServer, Opened,
 };
 use kvm_clone_protocol::sync::{MAP_RUNS, RunKind, WriteBlock};
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 
 use super::SessionContext;
 use super::blocks::{Blocks, Each};
+use super::kept::{Described, Kept};
 use super::map::Map;
 use super::read::{Missing, Scratch};
 use super::throttle::admit;
@@ -33,7 +36,15 @@ pub(crate) struct Exported {
     export: Export,
     /// What messages call it.
     name: String,
+    /// By what the run before is built upon.
+    history: Option<History>,
 }
+
+/// The contexts that are asked for.
+const BITMAPS: &str = "qemu:dirty-bitmap:";
+
+/// The longest name of one, and of a version, in bytes: that of a text in NBD.
+const MAX_NAME: usize = 4096;
 
 impl Exported {
     /// Opens an export.
@@ -46,13 +57,24 @@ impl Exported {
             NbdServer::Loopback(port) => Address::Loopback(*port),
         };
         let name = format!("the NBD export {:?} at {address}", export.name);
-        let export = Export::open(address, export.name.clone())
+        let history = export.history.clone();
+        let changed = history.as_ref().and_then(|history| history.changed.clone());
+        let is_known = |context: &String| context.starts_with(BITMAPS) && context.len() <= MAX_NAME;
+        if changed.as_ref().is_some_and(|context| !is_known(context)) {
+            let message = format!("{name}: a dirty bitmap has another name");
+            return Err(Failure::new(FailureCode::Protocol, message));
+        }
+        let export = Export::open(address, export.name.clone(), changed)
             .map_err(|error| failed(&name, "opening", &error))?;
         if access == Access::Destination && export.is_read_only() {
             let message = format!("{name} can only be read");
             return Err(Failure::new(FailureCode::Refused, message));
         }
-        Ok(Self { export, name })
+        Ok(Self {
+            export,
+            name,
+            history,
+        })
     }
 
     /// The answer to the controller.
@@ -64,8 +86,55 @@ impl Exported {
             identity: None,
             resumed: false,
             storage: Vec::new(),
-            keeps: None,
+            keeps: self
+                .history
+                .as_ref()
+                .and_then(|history| Kept::seed(image(history))),
         }
+    }
+
+    /// Digests of it that are kept from run to run, and the version of which they will be. They are
+    /// `believed` as far as the export tells that what they describe was not changed.
+    pub(crate) fn keep(
+        self: &Arc<Self>,
+        keeps: Keeps,
+        geometry: Geometry,
+        is_source: bool,
+        believed: bool,
+    ) -> Option<Kept> {
+        let history = self.history.as_ref()?;
+        let was = history.was.as_deref().filter(|_| believed);
+        Kept::of_export(self, image(history), keeps, geometry, is_source, was)
+    }
+
+    /// What it is once the run has ended.
+    pub(crate) fn version(&self) -> Option<Described> {
+        Some(Described::Export {
+            name: self.history.as_ref()?.becomes.clone(),
+            size: self.export.size(),
+        })
+    }
+
+    /// Which blocks of a run were not changed since the version that it was.
+    pub(super) fn unchanged(&self, run: BlockRun, geometry: Geometry) -> Option<Vec<bool>> {
+        if self.history.as_ref()?.changed.is_none() {
+            return Some(vec![true; usize::try_from(run.count).ok()?]);
+        }
+        let mut unchanged = vec![true; usize::try_from(run.count).ok()?];
+        let (mut at, len) = geometry.byte_range(run);
+        let end = at + len;
+        while at < end {
+            for extent in self.export.changes(at, end - at).ok()?? {
+                let next = (at + u64::from(extent.len)).min(end);
+                if extent.is_dirty() && next > at {
+                    let blocks = at / BLOCK_SIZE..next.div_ceil(BLOCK_SIZE);
+                    let place = |block: u64| usize::try_from(block - run.first).ok();
+                    unchanged[place(blocks.start)?..place(blocks.end)?].fill(false);
+                }
+                at = next;
+            }
+        }
+        Some(unchanged)
     }
 
     /// Refuses what it has no room for.
@@ -126,6 +195,11 @@ impl fmt::Display for Exported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }
+}
+
+/// The image that holds what an export shows.
+fn image(history: &History) -> &Path {
+    Path::new(OsStr::from_bytes(&history.image))
 }
 
 fn failed(name: &str, doing: &str, error: &NbdError) -> Failure {

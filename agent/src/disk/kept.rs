@@ -12,7 +12,8 @@
 //! and after one that did not end well. What is not known, or damaged, is read from the disk, so
 //! nothing here has to be there. A digest is a claim about the disk: what must hold for it to be
 //! believed is in `stamp.rs`. Of a source that has another stamp now, those blocks are believed that
-//! a copy proves to be what they were: `sent.rs`.
+//! a copy proves to be what they were: `sent.rs`. What an NBD server exports has no stamp: the
+//! controller names its versions, and a dirty bitmap tells what was changed since one.
 //!
 //! The seed of the digests belongs to a source and a destination: the destination's host
 //! remembers it, and the controller gives it to both.
@@ -32,6 +33,7 @@ use kvm_clone_protocol::units::{BLOCK_SIZE, BlockRun, Geometry};
 use serde::{Deserialize, Serialize};
 
 use super::confinement::{only_reads, reach};
+use super::exported::Exported;
 use super::file::DiskFile;
 use super::image::Image;
 use super::kernel::entries;
@@ -45,7 +47,7 @@ use crate::failure::Failure;
 
 const FORMAT: Format = Format {
     magic: *b"kc-kept\n",
-    version: 2,
+    version: 3,
     slot_len: 16 * 1024,
 };
 
@@ -101,39 +103,77 @@ struct Header {
     version: Option<Described>,
 }
 
-/// A version of a disk, and the copy that is kept of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Described {
-    stamp: Stamp,
-    sent: Option<Stamp>,
+/// A version of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Described {
+    /// Of a file, and of the copy that is kept of it.
+    File { stamp: Stamp, sent: Option<Stamp> },
+    /// Of an export: its name, and its bytes.
+    Export { name: String, size: u64 },
 }
 
 /// Why digests tell what the disk holds.
 #[derive(Debug)]
 enum Belief {
-    /// It is what they describe.
-    Same(Described),
+    /// It is what they describe, of which there is this copy.
+    Same { stamp: Stamp, sent: Option<Stamp> },
     /// Some of its blocks are.
     Proven(Proof),
+    /// Those that an export does not tell to be changed.
+    Unchanged {
+        export: Arc<Exported>,
+        size: u64,
+        geometry: Geometry,
+    },
 }
 
 impl Belief {
-    fn new(header: &Header, now: Stamp, source: Option<&Arc<Image>>) -> Option<Self> {
-        let version = header.version?;
-        if version.stamp == now {
-            return Some(Self::Same(version));
+    fn of_file(header: &Header, now: Stamp, source: Option<&Arc<Image>>) -> Option<Self> {
+        let Described::File { stamp, sent } = header.version.clone()? else {
+            return None;
+        };
+        if stamp == now {
+            return Some(Self::Same { stamp, sent });
         }
-        if !now.is_of_same_file(&version.stamp) {
+        if !now.is_of_same_file(&stamp) {
             return None;
         }
-        Proof::new(source?, &header.copy()?, &version.sent?).map(Self::Proven)
+        Proof::new(source?, &header.copy()?, &sent?).map(Self::Proven)
+    }
+
+    fn of_export(
+        header: &Header,
+        was: &str,
+        export: &Arc<Exported>,
+        geometry: Geometry,
+    ) -> Option<Self> {
+        match header.version.as_ref()? {
+            Described::Export { name, size } if name == was => Some(Self::Unchanged {
+                export: Arc::clone(export),
+                size: *size,
+                geometry,
+            }),
+            _ => None,
+        }
     }
 
     /// Bytes of the disk as they describe it.
     fn size(&self) -> u64 {
         match self {
-            Self::Same(version) => version.stamp.size(),
+            Self::Same { stamp, .. } => stamp.size(),
             Self::Proven(proof) => proof.size(),
+            Self::Unchanged { size, .. } => *size,
+        }
+    }
+
+    /// Which blocks of a run are what they describe; none, where that cannot be told.
+    fn proven(&self, run: BlockRun) -> Option<Vec<bool>> {
+        match self {
+            Self::Same { .. } => None,
+            Self::Proven(proof) => Some(proof.proven(run)),
+            Self::Unchanged {
+                export, geometry, ..
+            } => Some(export.unchanged(run, *geometry).unwrap_or_default()),
         }
     }
 }
@@ -168,12 +208,39 @@ impl Kept {
         now: Option<Stamp>,
         source: Option<&Arc<Image>>,
     ) -> Option<Self> {
+        Self::open_if(disk, keeps, geometry, source.is_some(), |found| {
+            Belief::of_file(found, now?, source)
+        })
+    }
+
+    /// Those of what an export shows of the image `disk`, as [`open`](Self::open). They are believed
+    /// if they describe what it `was`, but for what the export tells to be changed since.
+    pub(super) fn of_export(
+        export: &Arc<Exported>,
+        disk: &Path,
+        keeps: Keeps,
+        geometry: Geometry,
+        is_source: bool,
+        was: Option<&str>,
+    ) -> Option<Self> {
+        Self::open_if(disk, keeps, geometry, is_source, |found| {
+            Belief::of_export(found, was?, export, geometry)
+        })
+    }
+
+    fn open_if(
+        disk: &Path,
+        keeps: Keeps,
+        geometry: Geometry,
+        is_source: bool,
+        belief: impl FnOnce(&Header) -> Option<Belief>,
+    ) -> Option<Self> {
         let directory = state::directory(DIRECTORY).ok()?;
         let path = directory.join(name(disk, &keeps));
         let header = Header {
             disk: disk.to_owned(),
             keeps,
-            is_source: source.is_some(),
+            is_source,
             version: None,
         };
         let (file, slots, found) = match open_found(&path, &header) {
@@ -183,7 +250,7 @@ impl Kept {
                 make(&path, &header).ok()?
             }
         };
-        let belief = now.and_then(|now| Belief::new(&found, now, source));
+        let belief = belief(&found);
         let (believed, is_resized) = belief.as_ref().map_or((0, false), |belief| {
             let size = belief.size();
             (alike(size, geometry), size != geometry.size())
@@ -221,10 +288,10 @@ impl Kept {
                 *content = None;
             }
         }
-        if let Some(Belief::Proven(proof)) = &self.belief
-            && contents.iter().any(Option::is_some)
+        if contents.iter().any(Option::is_some)
+            && let Some(proven) = self.belief.as_ref().and_then(|belief| belief.proven(run))
         {
-            let mut proven = proof.proven(run).into_iter();
+            let mut proven = proven.into_iter();
             contents.iter_mut().for_each(|content| {
                 *content = content.filter(|_| proven.next() == Some(true));
             });
@@ -317,18 +384,16 @@ impl Kept {
         let others = self.path.parent().into_iter().flat_map(copies);
         check_room(image, others.filter(|other| *other != path), min_free)?;
         match &self.belief {
-            Some(Belief::Same(Described {
+            Some(Belief::Same {
                 sent: Some(stamp), ..
-            })) if open_unchanged(&path, stamp).is_some() => Ok(Sent::Old(*stamp)),
+            }) if open_unchanged(&path, stamp).is_some() => Ok(Sent::Old(*stamp)),
             _ => Sent::make(image, path),
         }
     }
 
-    /// From now on they describe the disk of this stamp, and the copy that is kept of it, if there is
-    /// one, has that. Without a stamp they are of no use. What the storage did not take would be
-    /// forgotten with the page cache, so it is asked.
-    pub(crate) fn record(&self, stamp: Option<Stamp>, sent: Option<Stamp>) {
-        let version = stamp.map(|stamp| Described { stamp, sent });
+    /// From now on they describe this version of the disk; none, and they are of no use. What the
+    /// storage did not take would be forgotten with the page cache, so it is asked.
+    pub(crate) fn record(&self, version: Option<Described>) {
         let mut header = self.header();
         if version.is_some() && header.1.version == version {
             return;
@@ -697,6 +762,10 @@ mod tests {
         image.own_stamp()
     }
 
+    fn version(path: &Path) -> Option<Described> {
+        stamp(path).map(|stamp| Described::File { stamp, sent: None })
+    }
+
     fn content(n: u8) -> Content {
         match n {
             0 => Content::Zero,
@@ -722,7 +791,7 @@ mod tests {
         assert_eq!(all(&kept, 100), vec![None; 100]);
         kept.put(30, &[content(1), content(0), content(2)]);
         kept.put(99, &[content(3)]);
-        kept.record(stamp(&path), None);
+        kept.record(version(&path));
         drop(kept);
         assert_eq!(Kept::seed(&path), Some(KEEPS));
         let kept = open(&path, 100);
@@ -748,7 +817,7 @@ mod tests {
         };
         let kept = open(&path, 40);
         kept.put(0, &[content(1)]);
-        kept.record(stamp(&path), None);
+        kept.record(version(&path));
         drop(kept);
         let kept = open(&path, 40);
         kept.put(1, &[content(2)]);
@@ -763,14 +832,14 @@ mod tests {
         };
         let kept = open(&path, 100);
         kept.put(0, &vec![content(9); 100]);
-        kept.record(stamp(&path), None);
+        kept.record(version(&path));
         drop(kept);
         let smaller = Geometry::new(50 * BLOCK_SIZE + 7).unwrap();
         let kept = Kept::open(&path, KEEPS, smaller, stamp(&path), None).unwrap();
         let believed: Vec<_> = all(&kept, 51).iter().map(Option::is_some).collect();
         assert_eq!(believed, [vec![true; 50], vec![false]].concat());
         resize(&path, 100);
-        kept.record(stamp(&path), None);
+        kept.record(version(&path));
         drop(kept);
         let found = all(&open(&path, 100), 100);
         assert!(found[..50].iter().all(Option::is_some));

@@ -73,7 +73,7 @@ pub(crate) use exported::Exported;
 use file::DiskFile;
 pub(crate) use image::{Image, Version};
 use journal::Entry;
-pub(crate) use kept::Kept;
+pub(crate) use kept::{Described, Kept};
 use kept::{Piece, pieces};
 use overlay::Overlay;
 use read::Missing;

@@ -39,9 +39,17 @@ pub(super) struct Connection {
     stream: Stream,
     facts: Facts,
     is_structured: bool,
-    /// The number of the context that tells holes from data.
-    allocation: Option<u32>,
+    contexts: Contexts,
     next_cookie: u64,
+}
+
+/// The numbers of the contexts that a server has.
+#[derive(Debug, Clone, Copy, Default)]
+struct Contexts {
+    /// Tells holes from data.
+    allocation: Option<u32>,
+    /// Tells what was changed.
+    changes: Option<u32>,
 }
 
 /// What a server says of its export.
@@ -56,6 +64,8 @@ pub(super) struct Facts {
     pub(super) has_write_zeroes: bool,
     /// Whether holes can be told from data.
     pub(super) has_allocation: bool,
+    /// Whether it has the context of changes that was asked for.
+    pub(super) has_changes: bool,
 }
 
 /// A part of an answer.
@@ -90,11 +100,15 @@ enum What {
 }
 
 impl Connection {
-    /// Opens an export.
+    /// Opens an export, with the context that tells what was `changed`.
     ///
     /// # Errors
     /// There is no such server or export, or it cannot be spoken with.
-    pub(super) fn open(address: &Address, export: &str) -> Result<Self, NbdError> {
+    pub(super) fn open(
+        address: &Address,
+        export: &str,
+        changed: Option<&str>,
+    ) -> Result<Self, NbdError> {
         let mut stream = Stream::connect(address)?;
         stream.greet()?;
         let structured = stream.ask(OptionKind::StructuredReply, &[], |_, _| Ok(()));
@@ -103,19 +117,20 @@ impl Connection {
             Err(NbdError::Unfit(_)) => false,
             Err(error) => return Err(error),
         };
-        let allocation = match is_structured {
-            true => stream.allocation_context(export)?,
-            false => None,
+        let contexts = match is_structured {
+            true => stream.contexts(export, changed)?,
+            false => Contexts::default(),
         };
         let facts = Facts {
-            has_allocation: allocation.is_some(),
+            has_allocation: contexts.allocation.is_some(),
+            has_changes: contexts.changes.is_some(),
             ..stream.go(export)?
         };
         Ok(Self {
             stream,
             facts,
             is_structured,
-            allocation,
+            contexts,
             next_cookie: 1,
         })
     }
@@ -196,7 +211,23 @@ impl Connection {
     /// # Errors
     /// As [`read`](Self::read).
     pub(super) fn allocation(&mut self, offset: u64, len: u32) -> Result<Vec<Extent>, NbdError> {
-        let wanted = self.allocation;
+        self.status(self.contexts.allocation, offset, len)
+    }
+
+    /// Which of a range was changed, as [`allocation`](Self::allocation) tells of zeros.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(super) fn changes(&mut self, offset: u64, len: u32) -> Result<Vec<Extent>, NbdError> {
+        self.status(self.contexts.changes, offset, len)
+    }
+
+    fn status(
+        &mut self,
+        wanted: Option<u32>,
+        offset: u64,
+        len: u32,
+    ) -> Result<Vec<Extent>, NbdError> {
         let mut found = Vec::new();
         self.single(Command::BlockStatus, offset, len, |_, _, what| match what {
             What::Status { context, extents } => {
@@ -485,25 +516,31 @@ impl Stream {
         Err(NbdError::Misbehaved("the answer to an option has no end"))
     }
 
-    /// Agrees on the context that tells holes from data; `None` where the server has none.
-    fn allocation_context(&mut self, export: &str) -> Result<Option<u32>, NbdError> {
-        let count = 1u32.to_be_bytes();
-        let data = [&wire::text(export)[..], &count, &wire::text(ALLOCATION)].concat();
-        let mut number = None;
+    /// Agrees on contexts, as far as the server has them. Asking again would replace them.
+    fn contexts(&mut self, export: &str, changed: Option<&str>) -> Result<Contexts, NbdError> {
+        let count = 1 + u32::from(changed.is_some());
+        let mut data = wire::text(export);
+        data.extend(count.to_be_bytes());
+        for name in std::iter::once(ALLOCATION).chain(changed) {
+            data.extend(wire::text(name));
+        }
+        let mut contexts = Contexts::default();
         let asked = self.ask(OptionKind::SetMetaContext, &data, |kind, said| {
             let mut fields = Fields(said);
             if kind == OptionReplyKind::MetaContext {
                 let given = fields.u32()?;
                 if fields.0 == ALLOCATION.as_bytes() {
-                    number = Some(given);
+                    contexts.allocation = Some(given);
+                } else if changed.is_some_and(|name| fields.0 == name.as_bytes()) {
+                    contexts.changes = Some(given);
                 }
             }
             Ok(())
         });
         match asked {
             // A server that knows no contexts still has data.
-            Err(NbdError::Unfit(_)) => Ok(None),
-            asked => asked.map(|()| number),
+            Err(NbdError::Unfit(_)) => Ok(Contexts::default()),
+            asked => asked.map(|()| contexts),
         }
     }
 
@@ -541,6 +578,7 @@ impl Stream {
             has_flush: has(wire::SEND_FLUSH),
             has_write_zeroes: has(wire::SEND_WRITE_ZEROES),
             has_allocation: false,
+            has_changes: false,
         })
     }
 
@@ -603,7 +641,7 @@ mod tests {
 
     fn open(answer: impl Fn(&[Asked]) -> Vec<u8> + Send + 'static) -> (Fake, Connection) {
         let server = Fake::start(SIZE, answer);
-        let connection = Connection::open(&server.address(), "disk").unwrap();
+        let connection = Connection::open(&server.address(), "disk", None).unwrap();
         assert_eq!(connection.facts().size, SIZE);
         (server, connection)
     }

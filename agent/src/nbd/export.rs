@@ -17,6 +17,8 @@ const STATUS_LEN: u64 = 1 << 30;
 pub(crate) struct Export {
     address: Address,
     name: String,
+    /// The context that tells what was changed.
+    changed: Option<String>,
     facts: Facts,
     connections: Mutex<Connections>,
     returned: Condvar,
@@ -30,15 +32,20 @@ struct Connections {
 }
 
 impl Export {
-    /// Opens an export.
+    /// Opens an export, with the context that tells what was `changed`.
     ///
     /// # Errors
     /// There is no such server or export, or it cannot be spoken with.
-    pub(crate) fn open(address: Address, name: String) -> Result<Self, NbdError> {
-        let connection = Connection::open(&address, &name)?;
+    pub(crate) fn open(
+        address: Address,
+        name: String,
+        changed: Option<String>,
+    ) -> Result<Self, NbdError> {
+        let connection = Connection::open(&address, &name, changed.as_deref())?;
         Ok(Self {
             address,
             name,
+            changed,
             facts: connection.facts(),
             connections: Mutex::new(Connections {
                 idle: vec![connection],
@@ -117,6 +124,20 @@ impl Export {
         extents.map(Some)
     }
 
+    /// Which of a range was changed, as [`allocation`](Self::allocation) tells of zeros. `None` where
+    /// the server cannot tell.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(crate) fn changes(&self, offset: u64, len: u64) -> Result<Option<Vec<Extent>>, NbdError> {
+        if !self.facts.has_changes {
+            return Ok(None);
+        }
+        let len = u32::try_from(len.min(STATUS_LEN)).expect("at most STATUS_LEN");
+        let extents = self.with(|connection| connection.changes(offset, len));
+        extents.map(Some)
+    }
+
     /// Does something by a connection that nobody else uses meanwhile.
     fn with<T>(
         &self,
@@ -161,7 +182,7 @@ impl Export {
     }
 
     fn another(&self) -> Result<Connection, NbdError> {
-        let connection = Connection::open(&self.address, &self.name)?;
+        let connection = Connection::open(&self.address, &self.name, self.changed.as_deref())?;
         if connection.facts() != self.facts {
             return Err(NbdError::Misbehaved("the export is another one meanwhile"));
         }

@@ -290,6 +290,11 @@ impl Extent {
         self.flags & 2 != 0
     }
 
+    /// Of a dirty bitmap: something was written to it.
+    pub(crate) fn is_dirty(self) -> bool {
+        self.flags & 1 != 0
+    }
+
     /// Those of a chunk, behind the number of its context.
     pub(super) fn parse_all(bytes: &[u8]) -> Result<Vec<Self>, NbdError> {
         if bytes.is_empty() || !bytes.len().is_multiple_of(Self::LEN) {

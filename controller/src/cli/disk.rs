@@ -70,10 +70,10 @@ fn live(choice: LiveChoice) -> Result<LiveRead> {
     match choice {
         LiveChoice::Auto | LiveChoice::Refuse => Ok(LiveRead::No),
         LiveChoice::Torn => Ok(LiveRead::Torn),
-        LiveChoice::Pause => Err(
-            Error::usage("--live pause suspends a VM, and a disk is none")
-                .hint("use \"clone\" or \"sync\" for a whole VM"),
-        ),
+        LiveChoice::Pause | LiveChoice::Snapshot => Err(Error::usage(
+            "--live pause and --live snapshot are for a VM, and a disk is none",
+        )
+        .hint("use \"clone\" or \"sync\" for a whole VM")),
     }
 }
 

@@ -368,6 +368,7 @@ impl TransferArgs {
         let default = Options::default();
         let options = Options {
             method: self.method.or(config.method).unwrap_or(method),
+            method_is_given: self.method.or(config.method).is_some(),
             bandwidth_limit: self
                 .bandwidth_limit
                 .or(config.bandwidth_limit)

@@ -13,11 +13,11 @@ use crate::error::Result;
 use crate::history::Begun;
 use crate::output;
 use crate::transfer::MethodChoice;
-use crate::vm::clone::{self, CloneRequest};
+use crate::vm::clone::{self, CloneRequest, DestFormat};
 use crate::vm::network::NetworkConfig;
 use crate::vm::sync::{self, SyncRequest};
 use crate::vm::verify::{self, VerifyRequest};
-use crate::vm::{LiveChoice, VmResult};
+use crate::vm::{LiveChoice, Quiesce, VmResult};
 
 /// How many disks are moved at once, unless the user says otherwise: with the connections that go
 /// with them they stay below the ten sessions that sshd allows on one connection.
@@ -40,11 +40,15 @@ struct Hosts {
 /// What `clone` and `sync` have in common.
 #[derive(Debug, Args)]
 struct Moving {
-    /// What to do about a VM that runs: refuse, pause (suspend it while its disks are read, on XFS
-    /// and btrfs only while they are copied) or torn (read them as they are) [default: auto, which
-    /// refuses]
-    #[arg(long, value_name = "auto|refuse|pause|torn")]
+    /// What to do about a VM that runs: snapshot (QEMU shows its disks as they are at one instant,
+    /// and it runs on), refuse, pause (suspend it while its disks are read, on XFS and btrfs only
+    /// while they are copied) or torn (read them as they are) [default: auto, which is snapshot]
+    #[arg(long, value_name = "auto|refuse|pause|snapshot|torn")]
     live: Option<LiveChoice>,
+    /// Whether the guest's file systems are frozen at the instant of a snapshot: auto (if the guest
+    /// agent answers), require or off [default: auto]
+    #[arg(long, value_name = "auto|require|off")]
+    quiesce: Option<Quiesce>,
     #[command(flatten)]
     disks: Disks,
     #[command(flatten)]
@@ -90,6 +94,9 @@ pub(super) struct Clone {
     /// Storage pool for the disks
     #[arg(long, value_name = "POOL")]
     dest_pool: Option<String>,
+    /// Format of the disks; what the guest sees is copied then [default: same]
+    #[arg(long, value_name = "raw|qcow2|same")]
+    dest_format: Option<DestFormat>,
     /// Turn each chain of images into one image
     #[arg(long)]
     flatten: bool,
@@ -161,7 +168,9 @@ pub(super) async fn clone(app: &App, args: Clone) -> Result<()> {
         flatten: args.flatten,
         with_boot_files: args.with_boot_files,
         keep_partial: args.keep_partial,
+        dest_format: args.dest_format.unwrap_or_default(),
         live: moving.live.unwrap_or_default(),
+        quiesce: moving.quiesce.unwrap_or_default(),
         parallel: moving.disks.parallel.unwrap_or(PARALLEL),
         options: moving.transfer.resolve(&app.config, MethodChoice::Rsync)?,
     };
@@ -190,6 +199,7 @@ pub(super) async fn sync(app: &App, args: Sync) -> Result<()> {
         overwrite: args.overwrite,
         exclude_disks: moving.disks.exclude,
         live: moving.live.unwrap_or_default(),
+        quiesce: moving.quiesce.unwrap_or_default(),
         parallel: moving.disks.parallel.unwrap_or(PARALLEL),
         options: moving.transfer.resolve(&app.config, MethodChoice::Rsync)?,
     };

@@ -4,7 +4,7 @@ use std::fmt;
 
 use fluent_uri::Uri;
 use fluent_uri::pct_enc::{EStr, Encoder};
-use kvm_clone_protocol::message::{NbdExport, NbdServer};
+use kvm_clone_protocol::message::{History, NbdExport, NbdServer};
 
 use crate::error::{Error, Result};
 
@@ -26,6 +26,7 @@ pub struct NbdUri {
     text: String,
     server: Server,
     name: String,
+    history: Option<History>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -64,7 +65,27 @@ impl NbdUri {
             return Err(bad("no export has such a name"));
         }
         let text = text.to_owned();
-        Ok(Self { text, server, name })
+        Ok(Self {
+            text,
+            server,
+            name,
+            history: None,
+        })
+    }
+
+    /// An export of a socket, whose path and name need no escape in a URI.
+    pub fn of_socket(socket: &str, name: &str) -> Self {
+        Self {
+            text: format!("nbd+unix:///{name}?socket={socket}"),
+            server: Server::Unix(socket.as_bytes().to_vec()),
+            name: name.to_owned(),
+            history: None,
+        }
+    }
+
+    /// The same export, of which digests are kept from run to run.
+    pub fn with_history(self, history: Option<History>) -> Self {
+        Self { history, ..self }
     }
 
     /// The export as the wire carries it.
@@ -75,6 +96,7 @@ impl NbdUri {
                 Server::Loopback(port) => NbdServer::Loopback(*port),
             },
             name: self.name.clone(),
+            history: self.history.clone(),
         }
     }
 }
@@ -157,7 +179,13 @@ mod tests {
             ("nbd://[::1]:1//x", NbdServer::Loopback(1), "/x"),
         ] {
             let name = name.to_owned();
-            assert_eq!(export(text), NbdExport { server, name }, "{text}");
+            let history = None;
+            let expected = NbdExport {
+                server,
+                name,
+                history,
+            };
+            assert_eq!(export(text), expected, "{text}");
             assert_eq!(NbdUri::parse(text.as_bytes()).unwrap().to_string(), text);
         }
     }

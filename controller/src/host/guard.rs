@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin};
+use tokio::task::JoinHandle;
 
 use super::tool::NOT_FOUND;
 use super::{Host, MAX_STDERR, drain, find, script, ssh};
@@ -22,10 +23,23 @@ pub struct Guard {
     stdin: ChildStdin,
     /// What was written when it was done, after what a login may write.
     said: Vec<u8>,
+    /// What is written from then on.
+    heard: JoinHandle<Vec<u8>>,
+}
+
+/// What a guard does, each a command.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Task<'a> {
+    pub(super) begin: &'a [&'a str],
+    /// Runs from then on, and ends by itself when all is undone.
+    pub(super) watch: &'a [&'a str],
+    pub(super) undo: &'a [&'a str],
+    /// Follows an end in order.
+    pub(super) forget: &'a [&'a str],
 }
 
 /// What came of a script that was to stay.
-enum Stay {
+pub(super) enum Stay {
     Begun(Box<Guard>),
     Ended {
         code: Option<i32>,
@@ -40,48 +54,32 @@ impl Host {
     ///
     /// # Errors
     /// When the host cannot be reached, or `begin` fails.
-    pub async fn guard(&self, begin: &[String], undo: &[String], forget: &[&str]) -> Result<Guard> {
-        let owned = |words: &[String]| {
-            self.tool_words(&words.iter().map(String::as_str).collect::<Vec<_>>())
+    pub async fn guard(&self, begin: &[&str], undo: &[&str], forget: &[&str]) -> Result<Guard> {
+        let task = Task {
+            begin,
+            watch: &["true"],
+            undo,
+            forget,
         };
-        let text = script::guard(&owned(begin)?, &owned(undo)?, &self.tool_words(forget)?);
-        match self.stay(&text).await? {
+        match self.stand_guard(&task).await? {
             Stay::Begun(guard) => Ok(*guard),
-            Stay::Ended { complaint, .. } => {
-                let message = format!("it could not be begun on {self}");
-                Err(Error::new(ErrorCode::Io, message).caused_by(complaint))
-            }
+            Stay::Ended { complaint, .. } => Err(self.not_begun(&complaint)),
         }
     }
 
-    /// Suspends a VM until the guard ends, or this program or the connection does; where files can
-    /// be copied by sharing their blocks, only for as long as that takes: then the copies are there
-    /// until the guard ends. Whether they are comes with it. `forget` is as for
-    /// [`guard`](Self::guard).
-    ///
-    /// # Errors
-    /// As [`guard`](Self::guard).
-    pub async fn suspend(
-        &self,
-        uri: &str,
-        vm: &str,
-        copies: &[(String, String)],
-        forget: &[&str],
-    ) -> Result<(Guard, bool)> {
-        let words = |text: String, names: Vec<&String>| {
-            let fixed = ["sh", "-c", &text, uri, vm].map(str::to_owned);
-            fixed
-                .into_iter()
-                .chain(names.into_iter().cloned())
-                .collect()
-        };
-        let pairs = copies.iter().flat_map(|(from, to)| [from, to]).collect();
-        let names = copies.iter().map(|(_, to)| to).collect();
-        let begin: Vec<String> = words(script::suspend(), pairs);
-        let undo: Vec<String> = words(script::resume(), names);
-        let guard = self.guard(&begin, &undo, forget).await?;
-        let copied = find(&guard.said, script::COPIED).is_some();
-        Ok((guard, copied))
+    /// As [`guard`](Self::guard), for what is to be watched meanwhile, and for a beginning whose
+    /// failures differ.
+    pub(super) async fn stand_guard(&self, task: &Task<'_>) -> Result<Stay> {
+        let [begin, watch, undo, forget] =
+            [task.begin, task.watch, task.undo, task.forget].map(|words| self.tool_words(words));
+        self.stay(&script::guard(&begin?, &watch?, &undo?, &forget?))
+            .await
+    }
+
+    /// The error for what ended before it had begun.
+    pub(super) fn not_begun(&self, complaint: &str) -> Error {
+        let message = format!("it could not be begun on {self}");
+        Error::new(ErrorCode::Io, message).caused_by(complaint.to_owned())
     }
 
     /// Takes a lock that falls when the guard ends, or this program or the connection does.
@@ -139,11 +137,11 @@ impl Host {
             }
         }
         tokio::spawn(drain(stderr, 0));
-        tokio::spawn(drain(Some(stdout), 0));
         Ok(Stay::Begun(Box::new(Guard {
             process,
             stdin,
             said,
+            heard: tokio::spawn(drain(Some(stdout), MAX_STDERR)),
         })))
     }
 }
@@ -153,18 +151,34 @@ impl Guard {
     ///
     /// # Errors
     /// When it could not be undone, or nobody knows.
-    pub async fn end(mut self) -> Result<()> {
+    pub async fn end(self) -> Result<()> {
+        self.finish().await.1
+    }
+
+    /// Whether it wrote this when it was done.
+    pub(super) fn has_said(&self, marker: &[u8]) -> bool {
+        find(&self.said, marker).is_some()
+    }
+
+    /// As [`end`](Self::end), and what was written since it was done.
+    pub(super) async fn finish(mut self) -> (Vec<u8>, Result<()>) {
         let told = self.stdin.write_all(b"done\n").await;
         drop(self.stdin);
         let ended = tokio::time::timeout(END_TIMEOUT, self.process.wait()).await;
-        match (told, ended) {
+        let result = match (told, ended) {
             (Ok(()), Ok(Ok(status))) if status.success() => Ok(()),
             (_, Ok(Ok(status))) => Err(Error::new(
                 ErrorCode::Io,
                 format!("undoing it ended with {status}"),
             )),
             _ => Err(Error::new(ErrorCode::Interrupted, "the connection broke")),
-        }
+        };
+        // What watched may hold the pipe for a moment longer.
+        let heard = tokio::time::timeout(END_TIMEOUT, self.heard).await;
+        (
+            heard.map(Result::unwrap_or_default).unwrap_or_default(),
+            result,
+        )
     }
 }
 
@@ -172,10 +186,6 @@ impl Guard {
 mod tests {
     use super::*;
     use std::sync::Arc;
-
-    fn words(words: &[&str]) -> Vec<String> {
-        words.iter().map(|word| (*word).to_owned()).collect()
-    }
 
     async fn wait_for(path: &std::path::Path) {
         while !path.exists() {
@@ -191,7 +201,7 @@ mod tests {
             let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
             let (begun, undone, note) = (path("begun"), path("undone"), path("note"));
             std::fs::write(&note, "").unwrap();
-            let (begin, undo) = (words(&["touch", &begun]), words(&["touch", &undone]));
+            let (begin, undo) = (["touch", &begun], ["touch", &undone]);
             let guard = host.guard(&begin, &undo, &["rm", &note]).await.unwrap();
             assert!(
                 std::path::Path::new(&begun).exists() && !std::path::Path::new(&undone).exists()
@@ -237,7 +247,7 @@ mod tests {
     async fn what_cannot_be_begun_is_an_error() {
         let host = Host::new("local".parse().unwrap(), Arc::default());
         let error = host
-            .guard(&words(&["false"]), &words(&["true"]), &["true"])
+            .guard(&["false"], &["true"], &["true"])
             .await
             .unwrap_err();
         assert_eq!(error.code(), ErrorCode::Io);

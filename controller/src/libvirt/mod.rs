@@ -2,6 +2,7 @@
 //! networks, asked of the `virsh` and `qemu-img` on each hypervisor. No libvirt library is needed
 //! here.
 
+mod backup;
 mod capabilities;
 pub mod definition;
 mod domain;
@@ -9,6 +10,7 @@ mod hypervisor;
 mod image;
 mod inventory;
 
+pub use backup::{BackupDisk, backup_job, changes_context, checkpoint};
 pub use capabilities::{DomainCapabilities, Memory, Pool};
 pub use domain::Domain;
 pub use hypervisor::{DomainState, Hypervisor};

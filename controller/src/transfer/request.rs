@@ -144,6 +144,8 @@ pub struct Request {
 pub struct Options {
     /// By which method.
     pub method: MethodChoice,
+    /// The user named it: it is no default.
+    pub method_is_given: bool,
     /// Whether the source may be in use.
     pub live: LiveRead,
     /// How frames travel.
@@ -209,6 +211,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             method: MethodChoice::Blocksync,
+            method_is_given: false,
             live: LiveRead::No,
             route: RouteChoice::Auto,
             streams: Streams::Auto,

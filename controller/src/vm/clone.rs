@@ -6,20 +6,24 @@
 //! ```
 
 use std::num::NonZeroUsize;
+use std::str::FromStr;
 use std::time::Instant;
 
 use super::checks::{self, Destination};
+use super::container::{self, Containers};
 use super::lineage::Lineage;
-use super::live::{self, LiveChoice, Suspension};
+use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Versions};
 use super::naming;
 use super::network::NetworkConfig;
 use super::obstacle::{Obstacles, to_error};
+use super::pairs::{self, Subject};
 use super::plan::{Plan, Planner};
 use super::record::Replaced;
 use super::result::VmResult;
 use super::state::{self, Kind};
-use super::survey::Survey;
+use super::survey::{Survey, SurveyedDisk};
 use super::transfers::{Move, Moves};
+use crate::cli::options::BadValue;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
@@ -58,15 +62,68 @@ pub struct CloneRequest {
     pub with_boot_files: bool,
     /// Leave what was made when it fails.
     pub keep_partial: bool,
+    /// The format of its disks.
+    pub dest_format: DestFormat,
     /// What is done about a VM that runs.
     pub live: LiveChoice,
+    /// Whether its file systems are frozen for that.
+    pub quiesce: Quiesce,
     /// How many files are transferred at once.
     pub parallel: NonZeroUsize,
     /// How each is transferred.
     pub options: Options,
 }
 
+/// The format of a clone's disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DestFormat {
+    /// That of the source's.
+    #[default]
+    Same,
+    /// The bytes that the guest sees.
+    Raw,
+    /// QEMU's own.
+    Qcow2,
+}
+
+impl DestFormat {
+    /// The format for the copy of a disk whose guest writes to an image of that one.
+    pub(super) fn of(self, format: &str) -> &str {
+        match self {
+            Self::Same => format,
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl FromStr for DestFormat {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match text {
+            "same" => Ok(Self::Same),
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(BadValue::new("expected raw, qcow2 or same")),
+        }
+    }
+}
+
 impl CloneRequest {
+    /// What of a VM that is off is copied: the bytes of its images, unless they are to have another
+    /// format.
+    fn subject(&self, survey: &Survey) -> Subject {
+        let differs = |disk: &SurveyedDisk| {
+            let format = &disk.images[0].format;
+            self.dest_format.of(format) != format
+        };
+        match survey.disks.iter().any(differs) {
+            true => Subject::Contents,
+            false => Subject::Images,
+        }
+    }
+
     pub(super) fn new_name<'a>(&'a self, survey: &'a Survey) -> &'a str {
         self.new_name.as_deref().unwrap_or_else(|| survey.name())
     }
@@ -74,6 +131,17 @@ impl CloneRequest {
     pub(super) fn is_one_host(&self) -> bool {
         self.source == self.destination
     }
+}
+
+/// A VM that was found fit to be cloned, and how.
+struct Fit {
+    survey: Survey,
+    destination: Destination,
+    plan: Plan,
+    subject: Subject,
+    reading: Reading,
+    versions: Versions,
+    options: Options,
 }
 
 /// Clones a VM. A failure is part of the result.
@@ -101,7 +169,8 @@ async fn clone(
     let from = Hypervisor::new(context.host(&request.source), connect);
     let to = Hypervisor::new(context.host(&request.destination), connect);
     tokio::try_join!(from.host().share(), to.host().share())?;
-    let (survey, destination, plan) = prepare(&from, &to, request, result).await?;
+    let fit = prepare(&from, &to, request, result).await?;
+    let plan = &fit.plan;
     result.plan = Some(plan.clone());
     result.resumed = plan.resumed;
     if request.dry_run {
@@ -119,11 +188,12 @@ async fn clone(
     let making = Making {
         context,
         request,
-        survey: &survey,
+        fit: &fit,
+        survey: &fit.survey,
         to: &to,
-        plan: &plan,
+        plan,
     };
-    if destination.with_uuid(plan.uuid).is_some() {
+    if fit.destination.with_uuid(plan.uuid).is_some() {
         // It was interrupted after the clone was defined.
         return making.finish(result).await;
     }
@@ -152,14 +222,26 @@ async fn prepare(
     to: &Hypervisor,
     request: &CloneRequest,
     result: &mut VmResult,
-) -> Result<(Survey, Destination, Plan)> {
+) -> Result<Fit> {
     let mut obstacles = Obstacles::default();
     let mut survey = Survey::of(from, &request.vm, &request.exclude_disks, &mut obstacles).await?;
     result.vm = survey.name().to_owned();
     result.target_vm = request.new_name(&survey).to_owned();
     live::mend(from, &mut survey, &mut result.warnings).await?;
     let destination = Destination::survey(to).await?;
-    request.live.check(&survey, &mut obstacles);
+    let mut options = request.options.clone();
+    let mut reading = request
+        .live
+        .reading(request.quiesce, &survey, &mut obstacles);
+    let subject = match reading {
+        Reading::Snapshot(_) => Subject::Contents,
+        _ => request.subject(&survey),
+    };
+    if subject == Subject::Contents {
+        reading = reading.of_contents(&survey, &mut obstacles);
+        pairs::for_agents(&mut options, &mut obstacles);
+    }
+    options.live = reading.live_read();
     checks::portable(&survey, &request.exclude_disks, &mut obstacles);
     if !request.is_one_host() {
         checks::not_shared(&survey, &mut obstacles).await?;
@@ -175,6 +257,7 @@ async fn prepare(
     .await?;
     let planner = Planner::new(
         request,
+        subject,
         &survey,
         &destination,
         &mut obstacles,
@@ -187,7 +270,15 @@ async fn prepare(
         result.obstacles = found;
         return Err(error);
     }
-    Ok((survey, destination, plan))
+    Ok(Fit {
+        survey,
+        destination,
+        plan,
+        subject,
+        reading,
+        versions: Versions::after(None),
+        options,
+    })
 }
 
 /// libvirt's own rule, and that a name must be a part of a file's name.
@@ -208,6 +299,7 @@ fn check_name(name: Option<&str>) -> Result<()> {
 struct Making<'a> {
     context: &'a Context,
     request: &'a CloneRequest,
+    fit: &'a Fit,
     survey: &'a Survey,
     to: &'a Hypervisor,
     plan: &'a Plan,
@@ -216,13 +308,15 @@ struct Making<'a> {
 impl Making<'_> {
     /// Everything that the new VM consists of, but not its definition.
     async fn make(&self, result: &mut VmResult) -> Result<()> {
-        let suspension = Suspension::begin(self.survey, self.request.live).await?;
-        let copied = self.copy(suspension.as_ref(), result).await;
-        let resumed = match suspension {
-            Some(suspension) => suspension.end().await,
-            None => Ok(()),
-        };
-        copied.and(resumed)?;
+        let (reading, versions) = (self.fit.reading, &self.fit.versions);
+        let warnings = &mut result.warnings;
+        let hold = Hold::begin(self.survey, reading, Some(versions), warnings).await?;
+        result.consistency = hold.as_ref().and_then(Hold::consistency);
+        let copied = self.copy(hold.as_ref(), result).await;
+        if let Some(hold) = &hold {
+            hold.name_results(&mut result.disks, &mut result.warnings);
+        }
+        live::let_end(hold, copied).await?;
         for overlay in self.plan.overlays.iter().filter(|each| !each.is_right) {
             overlay.reference.write(self.to).await?;
         }
@@ -232,7 +326,7 @@ impl Making<'_> {
         Ok(())
     }
 
-    async fn copy(&self, suspension: Option<&Suspension>, result: &mut VmResult) -> Result<()> {
+    async fn copy(&self, hold: Option<&Hold>, result: &mut VmResult) -> Result<()> {
         for (from, to) in &self.plan.small_files {
             self.copy_small(from, to).await?;
         }
@@ -240,8 +334,7 @@ impl Making<'_> {
             let (directory, _) = naming::split(&file.destination);
             self.to.host().make_directory(directory, "0755").await?;
         }
-        let mut options = self.request.options.clone();
-        options.live = self.request.live.read(self.survey.domain.state);
+        let mut options = self.fit.options.clone();
         let files = self.plan.files.iter();
         let mut files: Vec<Move> = files
             .map(|file| Move {
@@ -249,11 +342,19 @@ impl Making<'_> {
                 source: file.source.clone(),
                 read_from: None,
                 destination: file.destination.clone(),
+                write_to: None,
+                is_of_guest: !file.public,
                 own_reference: false,
             })
             .collect();
-        if let Some(suspension) = suspension {
-            suspension.redirect(&mut files, &mut options);
+        if let Some(hold) = hold {
+            hold.redirect(&mut files, &mut options);
+        }
+        let (name, uuid) = (&self.plan.name, self.plan.uuid.to_string());
+        let containers =
+            Containers::open(self.to, name, &uuid, self.plan.containers.clone()).await?;
+        if let Some(containers) = &containers {
+            containers.redirect(&mut files, &self.fit.versions);
         }
         let moves = Moves {
             operation: Operation::Sync,
@@ -264,9 +365,13 @@ impl Making<'_> {
             parallel: self.request.parallel,
         };
         let nothing = Box::pin(async { Ok(()) });
-        let (disks, done) = moves.run(self.context, &files, nothing).await;
+        let (mut disks, done) = moves.run(self.context, &files, nothing).await;
+        container::name_results(&mut disks, &files);
         result.take_disks(disks);
-        done?;
+        match containers {
+            Some(containers) => containers.end(done).await?.commit().await?,
+            None => done?,
+        }
         for file in self.plan.files.iter().filter(|file| file.public) {
             self.to
                 .host()
@@ -373,8 +478,10 @@ impl Making<'_> {
             .iter()
             .map(|file| file.destination.clone())
             .collect();
-        Lineage::begun(self.survey, Vec::new())
-            .end(self.to, uuid, &paths)
+        let version = Some(self.fit.versions.becomes.clone());
+        let version = version.filter(|_| self.fit.subject == Subject::Contents);
+        Lineage::begun(self.survey, self.fit.subject, Vec::new())
+            .end(self.to, uuid, &paths, version)
             .await?;
         if let Some(replaced) = &self.plan.record.replaced {
             self.to.host().remove(&replaced.files).await?;

@@ -7,13 +7,16 @@ use kvm_clone_protocol::message::{Fate, Recovery};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::container;
+use super::live::Version;
 use super::obstacle::Obstacles;
+use super::pairs::Subject;
 use super::reference::Reference;
 use super::state::{self, Kind};
 use super::survey::Survey;
 use crate::error::{ErrorCode, Result};
 use crate::host::FileFacts;
-use crate::libvirt::Hypervisor;
+use crate::libvirt::{Hypervisor, Image};
 use crate::transfer::recover::recover;
 
 /// The version of the file's format. A reader refuses fields that it does not know, so that a
@@ -35,6 +38,16 @@ pub(super) struct Lineage {
     unfinished: bool,
     /// What the files of the disks were when the last run had ended.
     files: BTreeMap<String, Written>,
+    /// What a guest sees was copied, and not the bytes of images: so it is from then on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    contents: bool,
+    /// What the last run of a VM that ran has left: by its name the source's host knows what the
+    /// guest has written since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    version: Option<Version>,
+    /// Overlays of the unfinished run that are whole, and belong into the images below them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    overlays: Vec<String>,
     /// What images must hold again after the unfinished run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     references: Vec<Reference>,
@@ -61,7 +74,7 @@ impl Written {
 
 impl Lineage {
     /// A run from `source` is about to change disks, and these references among them.
-    pub(super) fn begun(source: &Survey, references: Vec<Reference>) -> Self {
+    pub(super) fn begun(source: &Survey, subject: Subject, references: Vec<Reference>) -> Self {
         Self {
             format: FORMAT,
             source_host: source.on.host().to_string(),
@@ -70,6 +83,9 @@ impl Lineage {
             at: now(),
             unfinished: true,
             files: BTreeMap::new(),
+            contents: subject == Subject::Contents,
+            version: None,
+            overlays: Vec::new(),
             references,
         }
     }
@@ -77,6 +93,28 @@ impl Lineage {
     /// Remembers it for the VM `uuid` on the destination.
     pub(super) async fn write(&self, on: &Hypervisor, uuid: Uuid) -> Result<()> {
         state::write(on, Kind::Lineage, &uuid.to_string(), self).await
+    }
+
+    /// Remembers that all overlays of the run are whole: from then on it ends one way or another.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub(super) async fn commit(
+        &mut self,
+        on: &Hypervisor,
+        uuid: Uuid,
+        overlays: Vec<String>,
+    ) -> Result<()> {
+        self.overlays = overlays;
+        self.write(on, uuid).await
+    }
+
+    /// Puts overlays that are whole into the images below them. Gives back those that were there.
+    ///
+    /// # Errors
+    /// When one cannot be.
+    pub(super) async fn finish_overlays(&self, on: &Hypervisor) -> Result<Vec<&str>> {
+        container::commit(on, &self.overlays).await
     }
 
     /// Gives the images what the run has taken from them: each that needed it.
@@ -94,10 +132,18 @@ impl Lineage {
         Ok(restored)
     }
 
-    /// The run has ended well, and left the files of `paths` as they are now.
-    pub(super) async fn end(mut self, on: &Hypervisor, uuid: Uuid, paths: &[String]) -> Result<()> {
+    /// The run has ended well, and left the files of `paths` as they are now: they are that version.
+    pub(super) async fn end(
+        mut self,
+        on: &Hypervisor,
+        uuid: Uuid,
+        paths: &[String],
+        version: Option<Version>,
+    ) -> Result<()> {
+        self.version = version;
         self.restore_references(on).await?;
         self.references.clear();
+        self.overlays.clear();
         for path in paths {
             if let Some(facts) = on.host().file_facts(path).await? {
                 self.files.insert(path.clone(), Written::of(&facts));
@@ -106,6 +152,15 @@ impl Lineage {
         self.unfinished = false;
         self.at = now();
         self.write(on, uuid).await
+    }
+
+    /// The images of `target` that are not what the last run has left.
+    fn written_since<'a>(&'a self, target: &'a Survey) -> impl Iterator<Item = &'a Image> {
+        let images = target.disks.iter().flat_map(|disk| &disk.images);
+        images.filter(|image| {
+            let was = self.files.get(&image.path);
+            !image.is_device() && was != Some(&Written::of(&image.facts))
+        })
     }
 
     /// What keeps the disks of `target` from being overwritten with those of `source`.
@@ -127,11 +182,7 @@ impl Lineage {
         if self.unfinished {
             return;
         }
-        for image in target.disks.iter().flat_map(|disk| &disk.images) {
-            let was = self.files.get(&image.path);
-            if image.is_device() || was == Some(&Written::of(&image.facts)) {
-                continue;
-            }
+        for image in self.written_since(target) {
             let (theirs, ours) = (when(&image.facts.modified), self.at);
             let message = format!(
                 "{} of {vm} on {host} was written since the last sync: it is of {theirs}, the sync of {}",
@@ -174,11 +225,45 @@ pub(super) async fn settle(on: &Hypervisor, uuid: &str) -> Result<Vec<String>> {
             format!("an earlier run onto {path} was committed and had not finished: it has now")
         })
         .collect();
+    let finished = lineage.finish_overlays(on).await?;
+    told.extend(
+        finished.iter().map(|path| {
+            format!("an earlier run had written {path} and had not finished: it has now")
+        }),
+    );
     let restored = lineage.restore_references(on).await?;
     told.extend(restored.iter().map(|path| {
         format!("{path} held its source's reference since an earlier run: it has its own again")
     }));
     Ok(told)
+}
+
+/// What the disks of a destination hold.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Holds {
+    /// What a guest sees, and not the bytes of their source's images.
+    pub(super) contents: bool,
+    /// The version that they still are.
+    pub(super) version: Option<Version>,
+}
+
+/// What the disks of `target` hold, as far as `source` is concerned.
+///
+/// # Errors
+/// When the host cannot be asked.
+pub(super) async fn holds(source: &Survey, target: &Survey) -> Result<Holds> {
+    let uuid = target.domain.definition.uuid().to_string();
+    let remembered: Option<Lineage> = state::read(&target.on, Kind::Lineage, &uuid).await?;
+    let Some(lineage) = remembered else {
+        return Ok(Holds::default());
+    };
+    let is_intact = !lineage.unfinished
+        && lineage.source_uuid == source.domain.definition.uuid()
+        && lineage.written_since(target).next().is_none();
+    Ok(Holds {
+        contents: lineage.contents,
+        version: lineage.version.filter(|_| is_intact),
+    })
 }
 
 /// Finds out whether the disks of `target` may be overwritten with those of `source`.

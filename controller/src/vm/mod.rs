@@ -12,6 +12,7 @@
 mod checkpoint;
 mod checks;
 pub mod clone;
+mod container;
 mod lineage;
 mod live;
 mod naming;
@@ -30,5 +31,5 @@ pub mod sync;
 mod transfers;
 pub mod verify;
 
-pub use live::LiveChoice;
+pub use live::{LiveChoice, Quiesce};
 pub use result::VmResult;

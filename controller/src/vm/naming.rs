@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use kvm_clone_protocol::PARTIAL_SUFFIX;
 
+const OVERLAY_SUFFIX: &str = ".kc-overlay";
+
 /// The name for a copy of `file`, a disk of the VM `old` that becomes `new`: the old name in it
 /// gives way to the new one; where it does not occur, the new one goes in front. A VM that keeps
 /// its name keeps its files' names.
@@ -43,6 +45,15 @@ pub(super) fn free(name: &str, taken: &BTreeSet<String>) -> String {
         .expect("the numbers are more than the files in a directory")
 }
 
+/// The name for a copy in another format: what names the old one at its end gives way.
+pub(super) fn in_format(file: &str, old: &str, new: &str) -> String {
+    let stem = file.strip_suffix(old).filter(|stem| stem.ends_with('.'));
+    match stem {
+        Some(stem) if old != new => format!("{stem}{new}"),
+        _ => file.to_owned(),
+    }
+}
+
 /// The name that a file has until it is complete.
 pub(super) fn partial(name: &str) -> String {
     format!(".{name}{PARTIAL_SUFFIX}")
@@ -51,6 +62,16 @@ pub(super) fn partial(name: &str) -> String {
 /// The name that a file has while changes that were committed are put into it.
 pub(super) fn applying(name: &str) -> String {
     format!(".{name}.kc-applying")
+}
+
+/// The name of what takes the changes to an image until they are whole.
+pub(super) fn overlay(name: &str) -> String {
+    format!(".{name}{OVERLAY_SUFFIX}")
+}
+
+/// The name of the image that such an overlay stands on.
+pub(super) fn below_overlay(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(OVERLAY_SUFFIX)
 }
 
 /// Directory and name of an absolute path.

@@ -4,10 +4,61 @@
 use super::obstacle::Obstacles;
 use super::survey::{Survey, SurveyedDisk};
 use super::transfers::Move;
+use crate::transfer::{MethodChoice, Options};
 
-/// Pairs the disks by target device, image by image. Whatever has no counterpart, or one of
-/// another kind, is an obstacle by its name: nothing is done by half.
-pub(super) fn pair(source: &Survey, target: &Survey, obstacles: &mut Obstacles) -> Vec<Move> {
+/// What of a disk is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// The bytes of its images.
+    Images,
+    /// What the guest sees.
+    Contents,
+}
+
+impl Subject {
+    /// What of a VM that is off is copied to `target`: the bytes of its images, unless that has
+    /// disks in another format, or `holds_contents` already.
+    pub(super) fn between(source: &Survey, target: &Survey, holds_contents: bool) -> Self {
+        let differ = |disk: &SurveyedDisk| {
+            let mut all = target.disks.iter();
+            let theirs = all.find(|theirs| theirs.target == disk.target);
+            theirs.is_some_and(|theirs| formats(disk) != formats(theirs))
+        };
+        let mut all = source.disks.iter().chain(&target.disks);
+        if all.all(SurveyedDisk::is_plain) {
+            // The two are the same, and every method has the one.
+            Self::Images
+        } else if holds_contents || source.disks.iter().any(differ) {
+            Self::Contents
+        } else {
+            Self::Images
+        }
+    }
+}
+
+/// Leaves disks of which the guest's view is read or written to the agents: a default method gives
+/// way, and one that the user named is an obstacle.
+pub(super) fn for_agents(options: &mut Options, obstacles: &mut Obstacles) {
+    if options.method_is_given
+        && matches!(options.method, MethodChoice::Rsync | MethodChoice::Libvirt)
+    {
+        let name = options.method.name();
+        obstacles.refused(
+            format!("what a guest sees of its disks is not copied by {name}, which copies files"),
+            "leave out --method, or give --method blocksync",
+        );
+    }
+    options.method = MethodChoice::Blocksync;
+}
+
+/// Pairs the disks by target device, image by image or by what the guest sees. Whatever has no
+/// counterpart, or one of another kind, is an obstacle by its name: nothing is done by half.
+pub(super) fn pair(
+    source: &Survey,
+    target: &Survey,
+    subject: Subject,
+    obstacles: &mut Obstacles,
+) -> Vec<Move> {
     let mut moves = Vec::new();
     for disk in &source.disks {
         match target
@@ -15,7 +66,10 @@ pub(super) fn pair(source: &Survey, target: &Survey, obstacles: &mut Obstacles) 
             .iter()
             .find(|theirs| theirs.target == disk.target)
         {
-            Some(theirs) => moves.extend(pair_images(disk, theirs, obstacles)),
+            Some(theirs) if subject == Subject::Images => {
+                moves.extend(pair_images(disk, theirs, obstacles));
+            }
+            Some(theirs) => moves.extend(pair_contents(disk, theirs, target, obstacles)),
             None => lonely(disk, source, target, obstacles),
         }
     }
@@ -43,32 +97,72 @@ fn lonely(disk: &SurveyedDisk, has: &Survey, lacks: &Survey, obstacles: &mut Obs
     );
 }
 
+fn pair_contents(
+    disk: &SurveyedDisk,
+    theirs: &SurveyedDisk,
+    target: &Survey,
+    obstacles: &mut Obstacles,
+) -> Option<Move> {
+    let (name, there) = (&disk.target, &theirs.images[0]);
+    let what = format!("disk {name} of {} on {}", target.name(), target.on.host());
+    if !matches!(there.format.as_str(), "raw" | "qcow2") {
+        let format = &there.format;
+        obstacles.refused(
+            format!("{what} is {format}, which what a guest sees is not written into"),
+            "clone the VM anew with --dest-format qcow2 or raw",
+        );
+        return None;
+    }
+    let (ours, size) = (disk.size_bytes(), theirs.size_bytes());
+    if !theirs.is_plain() && size > ours {
+        obstacles.refused(
+            format!(
+                "{what} has {size} bytes, and at the source {ours}: {} does not shrink",
+                there.format
+            ),
+            "clone the VM anew",
+        );
+        return None;
+    }
+    Some(Move {
+        target: name.clone(),
+        source: disk.images[0].path.clone(),
+        destination: there.path.clone(),
+        read_from: None,
+        write_to: None,
+        is_of_guest: true,
+        own_reference: false,
+    })
+}
+
+/// The formats of a disk's images, for people.
+fn formats(disk: &SurveyedDisk) -> String {
+    let images = disk.images.iter();
+    let formats: Vec<&str> = images.map(|image| image.format.as_str()).collect();
+    formats.join(" on ")
+}
+
 fn pair_images(disk: &SurveyedDisk, theirs: &SurveyedDisk, obstacles: &mut Obstacles) -> Vec<Move> {
     let target = &disk.target;
-    let formats = |disk: &SurveyedDisk| {
-        let formats: Vec<&str> = disk
-            .images
-            .iter()
-            .map(|image| image.format.as_str())
-            .collect();
-        formats.join(" on ")
-    };
     let (here, there) = (formats(disk), formats(theirs));
     if here != there {
         obstacles.refused(
             format!("disk {target} is {here} at the source and {there} at the destination"),
-            "disks are copied as the files that they are; clone the VM anew, or convert one of them",
+            "clone the VM anew, or make one of them like the other",
         );
         return Vec::new();
     }
     disk.images
         .iter()
         .zip(&theirs.images)
-        .map(|(from, to)| Move {
+        .enumerate()
+        .map(|(at, (from, to))| Move {
+            is_of_guest: at == 0,
             target: target.clone(),
             source: from.path.clone(),
             destination: to.path.clone(),
             read_from: None,
+            write_to: None,
             own_reference: from.backing != to.backing,
         })
         .collect()

@@ -8,8 +8,10 @@ use uuid::Uuid;
 
 use super::checks::{self, Destination};
 use super::clone::CloneRequest;
+use super::container::Container;
 use super::network::name_of;
 use super::obstacle::Obstacles;
+use super::pairs::Subject;
 use super::record::{CloneRecord, Replaced};
 use super::reference::Reference;
 use super::survey::{Survey, SurveyedDisk, holds_data, source_path};
@@ -32,6 +34,9 @@ pub struct Plan {
     /// The new definition.
     #[serde(skip)]
     pub(super) definition: Definition,
+    /// Images in a format of their own that get what the guest sees.
+    #[serde(skip)]
+    pub(super) containers: Vec<Container>,
     /// UEFI variables and the TPM's state: from where to where.
     #[serde(skip)]
     pub(super) small_files: Vec<(String, String)>,
@@ -79,6 +84,7 @@ pub(super) struct Overlay {
 /// Makes the plan.
 pub(super) struct Planner<'a> {
     pub(super) request: &'a CloneRequest,
+    subject: Subject,
     pub(super) survey: &'a Survey,
     pub(super) to: &'a Destination,
     pub(super) obstacles: &'a mut Obstacles,
@@ -91,12 +97,14 @@ pub(super) struct Planner<'a> {
     files: Vec<Carried>,
     small_files: Vec<(String, String)>,
     overlays: Vec<Overlay>,
+    containers: Vec<Container>,
     made: Vec<String>,
 }
 
 impl<'a> Planner<'a> {
     pub(super) fn new(
         request: &'a CloneRequest,
+        subject: Subject,
         survey: &'a Survey,
         to: &'a Destination,
         obstacles: &'a mut Obstacles,
@@ -104,6 +112,7 @@ impl<'a> Planner<'a> {
     ) -> Self {
         Self {
             request,
+            subject,
             survey,
             to,
             obstacles,
@@ -115,6 +124,7 @@ impl<'a> Planner<'a> {
             files: Vec::new(),
             small_files: Vec::new(),
             overlays: Vec::new(),
+            containers: Vec::new(),
             made: Vec::new(),
         }
     }
@@ -170,6 +180,7 @@ impl<'a> Planner<'a> {
             macs: macs.into_values().collect(),
             files: self.files,
             definition,
+            containers: self.containers,
             small_files: self.small_files,
             overlays: self.overlays,
             record,
@@ -385,14 +396,18 @@ impl<'a> Planner<'a> {
         }
         for disk in &self.survey.disks {
             let defined = self.survey.defined(disk);
+            let images = match self.subject {
+                Subject::Images => &disk.images[..],
+                Subject::Contents => &disk.images[..1],
+            };
             let mut paths = Vec::new();
-            for image in &disk.images {
-                match self.place(&disk.target, image, name).await? {
+            for image in images {
+                match self.place(disk, image, name).await? {
                     Some(path) => paths.push(path),
                     None => break,
                 }
             }
-            if paths.len() < disk.images.len() {
+            if paths.len() < images.len() {
                 continue;
             }
             self.edits.push(Edit::DiskSource {
@@ -402,13 +417,9 @@ impl<'a> Planner<'a> {
             if defined.has_explicit_chain {
                 self.edits.push(Edit::DropBackingStore { disk: disk.index });
             }
-            self.chain(disk, &paths);
-            for snapshot in disk
-                .images
-                .iter()
-                .flat_map(|image| &image.internal_snapshots)
-            {
-                tracing::debug!(disk = disk.target, snapshot, "travels inside of the image");
+            match self.subject {
+                Subject::Images => self.chain(disk, &paths),
+                Subject::Contents => self.contents(disk, &paths[0]),
             }
         }
         if !self.survey.domain.snapshots.is_empty() {
@@ -427,6 +438,44 @@ impl<'a> Planner<'a> {
                 volume: naming::split(path).1.to_owned(),
             },
             _ => DiskSource::File(path.to_owned()),
+        }
+    }
+
+    /// What holds what the guest sees of a disk.
+    fn contents(&mut self, disk: &SurveyedDisk, path: &str) {
+        let had = disk.images[0].format.as_str();
+        let format = self.request.dest_format.of(had);
+        let target = &disk.target;
+        if !matches!(format, "raw" | "qcow2") {
+            self.obstacles.refused(
+                format!("disk {target} is {format}, which what a guest sees is not written into"),
+                "give its copy another format: --dest-format qcow2 or raw",
+            );
+            return;
+        }
+        if format != had {
+            self.edits.push(Edit::DiskFormat {
+                disk: disk.index,
+                format: format.to_owned(),
+            });
+        }
+        if format == "qcow2" {
+            self.containers.push(Container {
+                target: target.clone(),
+                path: path.to_owned(),
+                format: format.to_owned(),
+                size_bytes: disk.size_bytes(),
+                exists: false,
+            });
+        }
+        let snapshots = disk
+            .images
+            .iter()
+            .flat_map(|image| &image.internal_snapshots);
+        for snapshot in snapshots {
+            self.warnings.push(format!(
+                "the snapshot {snapshot} inside of disk {target} does not travel with what its guest sees"
+            ));
         }
     }
 
@@ -455,7 +504,13 @@ impl<'a> Planner<'a> {
     }
 
     /// The path for the copy of an image; `None` when there is no place for it.
-    async fn place(&mut self, target: &str, image: &Image, name: &str) -> Result<Option<String>> {
+    async fn place(
+        &mut self,
+        disk: &SurveyedDisk,
+        image: &Image,
+        name: &str,
+    ) -> Result<Option<String>> {
+        let target = &disk.target;
         let (own, file) = naming::split(&image.path);
         if image.is_device() && self.request.dest_pool.is_none() {
             self.obstacles.refused(
@@ -475,20 +530,29 @@ impl<'a> Planner<'a> {
         {
             return Ok(None);
         }
+        let format = match self.subject {
+            Subject::Images => &image.format,
+            Subject::Contents => self.request.dest_format.of(&image.format),
+        };
         let file = if image.is_device() {
-            format!("{file}.raw")
+            format!("{file}.{format}")
         } else {
-            file.to_owned()
+            naming::in_format(file, &image.format, format)
         };
         let wanted = naming::for_copy(&file, self.definition().name(), name);
         let path = self.destination_of(&image.path, &directory, &wanted);
+        let allocated = |image: &Image| image.facts.allocated_bytes.min(image.facts.size_bytes);
+        let bytes_data = match self.subject {
+            Subject::Images => allocated(image),
+            Subject::Contents => disk.images.iter().map(allocated).sum(),
+        };
         // Two disks may stand on one image: it is carried once.
         if self.files.iter().all(|file| file.source != image.path) {
             self.files.push(Carried {
-                target: target.to_owned(),
+                target: target.clone(),
                 source: image.path.clone(),
                 destination: path.clone(),
-                bytes_data: image.facts.allocated_bytes.min(image.facts.size_bytes),
+                bytes_data,
                 public: false,
             });
         }

@@ -3,7 +3,7 @@
 //! left alone. A host without records is not asked for libvirt.
 //!
 //! ```text
-//!  paused    the VM is resumed, and copies of its disks are removed
+//!  held      the VM is resumed or its backup job ended, and what was made for that is removed
 //!  clones    what was made for a VM that never came to be is removed
 //!  lineage   images that stand on another get their own reference to it again; that a sync has
 //!            not ended stays remembered, for the next one
@@ -13,7 +13,7 @@ use kvm_clone_protocol::message::{Fate, Recovery};
 
 use super::checks::is_at;
 use super::lineage;
-use super::live::{self, Paused};
+use super::live::{self, HeldVm};
 use super::record::CloneRecord;
 use super::state::{self, Kind};
 use crate::error::{Error, Result};
@@ -48,7 +48,7 @@ pub struct Left {
 /// When the host cannot be reached; what cannot be ended is in the answer.
 pub async fn recover(on: &Hypervisor, recovery: Recovery) -> Result<Vec<Left>> {
     let mut all = Vec::new();
-    for kind in [Kind::Paused, Kind::Clones, Kind::Lineage] {
+    for kind in [Kind::Held, Kind::Clones, Kind::Lineage] {
         for name in state::names(on, kind).await? {
             let left = see_to(on, kind, &name, recovery).await;
             all.extend(left.unwrap_or_else(|error| Some(stuck(kind, &name, &error))));
@@ -68,7 +68,7 @@ async fn see_to(
         return running(on, kind, name).await;
     };
     let left = match kind {
-        Kind::Paused => resume(on, name, recovery).await,
+        Kind::Held => let_go(on, name, recovery).await,
         Kind::Clones => undo(on, name, recovery).await,
         Kind::Lineage => reconnect(on, name, recovery).await,
     };
@@ -81,32 +81,33 @@ async fn running(on: &Hypervisor, kind: Kind, name: &str) -> Result<Option<Left>
     let name = match kind {
         Kind::Lineage => return Ok(None),
         Kind::Clones => name.to_owned(),
-        Kind::Paused => match state::read::<Paused>(on, kind, name).await? {
-            Some(paused) => paused.vm,
+        Kind::Held => match state::read::<HeldVm>(on, kind, name).await? {
+            Some(held) => held.vm,
             None => return Ok(None),
         },
     };
     Ok(Some(left(kind, &name, Fate::Running, "")))
 }
 
-async fn resume(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Option<Left>> {
-    let Some(paused) = state::read::<Paused>(on, Kind::Paused, uuid).await? else {
+async fn let_go(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Option<Left>> {
+    let Some(held) = state::read::<HeldVm>(on, Kind::Held, uuid).await? else {
         return Ok(None);
     };
-    let of = |fate, note: &str| Some(left(Kind::Paused, &paused.vm, fate, note));
+    let of = |fate, note: &str| Some(left(Kind::Held, &held.vm, fate, note));
     let Some(domain) = on.find_domain(uuid).await? else {
-        on.host().remove(&paused.copies).await?;
-        state::forget(on, Kind::Paused, uuid).await?;
+        held.remove_files(on).await?;
+        state::forget(on, Kind::Held, uuid).await?;
         return Ok(None);
     };
+    let what = held.what();
     if recovery == Recovery::List {
-        let note = format!("it was suspended, and is {}", domain.state);
+        let note = format!("it was {what}, and is {}", domain.state);
         return Ok(of(Fate::Unfinished, &note));
     }
-    let state = live::resume(on, uuid, domain.state, &paused.copies).await?;
+    let state = live::let_go(on, uuid, domain.state, &held).await?;
     Ok(of(
         Fate::Finished,
-        &format!("it was suspended, and is {state} now"),
+        &format!("it was {what}, and is {state} now"),
     ))
 }
 
@@ -148,6 +149,9 @@ async fn reconnect(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Op
     let mut note =
         "a sync has begun to change its disks and not ended; the next one does".to_owned();
     if recovery != Recovery::List {
+        for path in lineage.finish_overlays(on).await? {
+            note += &format!("; what {path} held is in its image now");
+        }
         for path in lineage.restore_references(on).await? {
             note += &format!("; {path} has its own reference again");
         }
@@ -160,7 +164,7 @@ fn left(kind: Kind, name: &str, fate: Fate, note: &str) -> Left {
     Left {
         subject: match kind {
             Kind::Clones => Subject::Clone,
-            Kind::Paused | Kind::Lineage => Subject::Vm,
+            Kind::Held | Kind::Lineage => Subject::Vm,
         },
         name: name.to_owned(),
         fate,

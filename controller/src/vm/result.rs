@@ -38,6 +38,9 @@ pub struct VmResult {
     /// Sums over the disks, each as in a transfer.
     #[serde(flatten)]
     pub totals: Totals,
+    /// What the copies are, where the VM ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Consistency>,
     /// How changes reached the disks of the destination.
     pub apply: Option<&'static str>,
     /// An interrupted run was taken up.
@@ -69,11 +72,36 @@ pub struct VmResult {
     pub disks: Vec<DiskResult>,
 }
 
+/// What the copies of a VM that ran are to its guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// One instant of all disks, at which the guest agent held the file systems still.
+    Application,
+    /// One instant of all disks, as after a power cut: the guest replays its journals.
+    Crash,
+    /// Several instants: a file system on them may be broken.
+    Torn,
+}
+
+/// How much of a disk of a VM that runs was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scan {
+    /// All of its data.
+    Full,
+    /// What the guest has written since the last sync, as libvirt noted it.
+    Changes,
+}
+
 /// One disk's transfer.
 #[derive(Debug, Serialize)]
 pub struct DiskResult {
     /// `vda`, `sda`, …
     pub target: String,
+    /// How much was read, where the VM ran on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scan: Option<Scan>,
     /// What was done.
     #[serde(flatten)]
     pub transfer: TransferResult,
@@ -115,6 +143,7 @@ impl VmResult {
             vm: String::new(),
             target_vm: String::new(),
             totals: Totals::default(),
+            consistency: None,
             apply: None,
             resumed: false,
             verified: "none",

@@ -1,5 +1,5 @@
 //! Where a hypervisor keeps what this program has to remember there: clones under way, where a
-//! VM's disks came from, VMs that it has suspended. Small JSON files, each written whole or not
+//! VM's disks came from, VMs that it holds. Small JSON files, each written whole or not
 //! at all; no program of ours runs to look after them.
 
 use serde::Serialize;
@@ -22,8 +22,8 @@ pub(super) enum Kind {
     Clones,
     /// Where the disks of a VM came from. Named by its UUID.
     Lineage,
-    /// VMs that are suspended while they are read. Named by their UUID.
-    Paused,
+    /// VMs that are held while they are read. Named by their UUID.
+    Held,
 }
 
 impl Kind {
@@ -31,7 +31,7 @@ impl Kind {
         let name = match self {
             Self::Clones => "clones",
             Self::Lineage => "lineage",
-            Self::Paused => "paused",
+            Self::Held => "held",
         };
         format!("{ROOT}/{name}")
     }

@@ -33,6 +33,18 @@ pub(super) struct SurveyedDisk {
     pub(super) images: Vec<Image>,
 }
 
+impl SurveyedDisk {
+    /// Whether the bytes of its one image are what the guest sees.
+    pub(super) fn is_plain(&self) -> bool {
+        self.images.len() == 1 && self.images[0].format == "raw"
+    }
+
+    /// What the guest sees, in bytes.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.images[0].virtual_size_bytes
+    }
+}
+
 impl Survey {
     /// Looks at everything. What is in the way of moving it goes to `obstacles`; disks in
     /// `excluded` are not looked at.

@@ -4,10 +4,11 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use super::checkpoint::Checkpoint;
+use super::container::{self, Containers};
 use super::lineage::{self, Lineage};
-use super::live::{self, LiveChoice, Suspension};
+use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Versions};
 use super::obstacle::{Obstacles, to_error};
-use super::pairs;
+use super::pairs::{self, Subject};
 use super::reference::Reference;
 use super::result::VmResult;
 use super::state::{self, Kind};
@@ -40,6 +41,8 @@ pub struct SyncRequest {
     pub exclude_disks: Vec<String>,
     /// What is done about a VM that runs.
     pub live: LiveChoice,
+    /// Whether its file systems are frozen for that.
+    pub quiesce: Quiesce,
     /// How many disks are transferred at once.
     pub parallel: NonZeroUsize,
     /// How each is transferred.
@@ -51,6 +54,10 @@ struct Fit {
     source: Survey,
     target: Survey,
     moves: Vec<Move>,
+    subject: Subject,
+    reading: Reading,
+    versions: Versions,
+    options: Options,
     checkpoint: Checkpoint,
     /// Keeps other runs away from the one that is overwritten; a dry run overwrites none.
     _lock: Option<Guard>,
@@ -81,43 +88,91 @@ async fn sync(
     let to = Hypervisor::new(context.host(&request.destination), connect);
     tokio::try_join!(from.host().share(), to.host().share())?;
     let mut fit = prepare(&from, &to, request, result).await?;
-    let uuid = fit.target.domain.definition.uuid();
-    let references = Reference::replaced(&fit.source, &fit.target);
-    let lineage = Lineage::begun(&fit.source, references);
     if request.checkpoint.is_some() && !request.dry_run {
         result.checkpoints = fit.checkpoint.take(&fit.target).await?;
     }
-    let live = if request.dry_run {
-        LiveChoice::Torn
+    let versions = Some(&fit.versions).filter(|_| !request.dry_run);
+    let warnings = &mut result.warnings;
+    let hold = Hold::begin(&fit.source, fit.reading, versions, warnings).await?;
+    if let Some(hold) = &hold {
+        hold.redirect(&mut fit.moves, &mut fit.options);
+        result.consistency = hold.consistency();
+    }
+    let done = if request.dry_run {
+        look(context, request, &mut fit, result).await
     } else {
-        request.live
+        copy(context, request, &mut fit, result).await
     };
-    let suspension = Suspension::begin(&fit.source, live).await?;
-    let before = Box::pin(lineage.write(&to, uuid));
-    let copied = copy(
-        context,
-        request,
-        &mut fit,
-        suspension.as_ref(),
-        before,
-        result,
-    )
-    .await;
-    let resumed = match suspension {
-        Some(suspension) => suspension.end().await,
-        None => Ok(()),
-    };
-    copied.and(resumed)?;
+    if let Some(hold) = &hold {
+        hold.name_results(&mut result.disks, &mut result.warnings);
+    }
+    live::let_end(hold, done).await?;
     if request.dry_run {
         return Ok(());
     }
-    let paths: Vec<String> = fit
-        .moves
-        .iter()
-        .map(|each| each.destination.clone())
-        .collect();
-    lineage.end(&to, uuid, &paths).await?;
+    if matches!(fit.reading, Reading::Snapshot(_)) {
+        live::prune(&fit.source, &fit.versions.becomes).await?;
+    }
     fit.checkpoint.prune(&fit.target).await
+}
+
+/// Makes the disks of the destination equal to what is read.
+async fn copy(
+    context: &Context,
+    request: &SyncRequest,
+    fit: &mut Fit,
+    result: &mut VmResult,
+) -> Result<()> {
+    let (to, uuid) = (&fit.target.on, fit.target.domain.definition.uuid());
+    let references = match fit.subject {
+        Subject::Images => Reference::replaced(&fit.source, &fit.target),
+        Subject::Contents => Vec::new(),
+    };
+    let mut lineage = Lineage::begun(&fit.source, fit.subject, references);
+    let images = match fit.subject {
+        Subject::Images => Vec::new(),
+        Subject::Contents => container::of_target(&fit.source, &fit.target),
+    };
+    let containers = Containers::open(to, fit.target.name(), &uuid.to_string(), images).await?;
+    if let Some(containers) = &containers {
+        containers.redirect(&mut fit.moves, &fit.versions);
+    }
+    let before = Box::pin(lineage.write(to, uuid));
+    let copied = ship(context, request, fit, before, result).await;
+    if let Some(containers) = containers {
+        let written = containers.end(copied).await?;
+        lineage.commit(to, uuid, written.overlays()).await?;
+        written.commit().await?;
+    } else {
+        copied?;
+    }
+    let paths = fit.moves.iter().map(|each| each.destination.clone());
+    let paths: Vec<String> = paths.collect();
+    let version = Some(fit.versions.becomes.clone());
+    let version = version.filter(|_| fit.subject == Subject::Contents);
+    lineage.end(to, uuid, &paths, version).await
+}
+
+/// Says what would be shipped.
+async fn look(
+    context: &Context,
+    request: &SyncRequest,
+    fit: &mut Fit,
+    result: &mut VmResult,
+) -> Result<()> {
+    let reading = match fit.subject {
+        Subject::Images => Reading::Still,
+        Subject::Contents => Reading::Contents,
+    };
+    let shown = Hold::begin(&fit.target, reading, None, &mut result.warnings).await?;
+    if let Some(shown) = &shown {
+        shown.redirect_destination(&mut fit.moves);
+    }
+    // The other methods cannot tell without writing.
+    fit.options.method = MethodChoice::Blocksync;
+    let nothing = Box::pin(async { Ok(()) });
+    let looked = ship(context, request, fit, nothing, result).await;
+    live::let_end(shown, looked).await
 }
 
 /// Looks at both VMs; or gives all that is in the way as one error.
@@ -146,7 +201,9 @@ async fn prepare(
     };
     let target = Survey::of_domain(to, there, &[], &mut obstacles).await?;
     let target = without(target, excluded);
-    request.live.check(&source, &mut obstacles);
+    let mut reading = request
+        .live
+        .reading(request.quiesce, &source, &mut obstacles);
     let (host, state) = (to.host(), target.domain.state);
     if !state.is_off() {
         obstacles.refused(
@@ -157,7 +214,21 @@ async fn prepare(
     if !request.overwrite && !request.dry_run {
         lineage::check(&source, &target, &mut obstacles).await?;
     }
-    let moves = pairs::pair(&source, &target, &mut obstacles);
+    let holds = lineage::holds(&source, &target).await?;
+    let mut options = request.options.clone();
+    let subject = match reading {
+        Reading::Snapshot(_) => Subject::Contents,
+        _ => Subject::between(&source, &target, holds.contents),
+    };
+    let moves = pairs::pair(&source, &target, subject, &mut obstacles);
+    if subject == Subject::Contents {
+        reading = reading.of_contents(&source, &mut obstacles);
+        pairs::for_agents(&mut options, &mut obstacles);
+    } else if request.dry_run && reading != Reading::Still {
+        // Not for that is a guest suspended.
+        reading = Reading::Torn;
+    }
+    options.live = reading.live_read();
     let checkpoint = match request.checkpoint {
         Some(keep) if !request.dry_run => {
             Checkpoint::plan(&target, &time_name(), keep.get(), &mut obstacles).await?
@@ -174,6 +245,10 @@ async fn prepare(
         source,
         target,
         moves,
+        subject,
+        reading,
+        versions: Versions::after(holds.version),
+        options,
         checkpoint,
         _lock: lock,
     })
@@ -195,32 +270,23 @@ fn without(mut survey: Survey, excluded: &[String]) -> Survey {
     survey
 }
 
-async fn copy(
+async fn ship(
     context: &Context,
     request: &SyncRequest,
-    fit: &mut Fit,
-    suspension: Option<&Suspension>,
+    fit: &Fit,
     before: BeforeChange<'_>,
     result: &mut VmResult,
 ) -> Result<()> {
-    let mut options = request.options.clone();
-    options.live = request.live.read(fit.source.domain.state);
-    if let Some(suspension) = suspension {
-        suspension.redirect(&mut fit.moves, &mut options);
-    }
-    if request.dry_run {
-        // The other methods cannot tell without writing.
-        options.method = MethodChoice::Blocksync;
-    }
     let moves = Moves {
         operation: Operation::Sync,
         from: request.source.clone(),
         to: request.destination.clone(),
-        options,
+        options: fit.options.clone(),
         dry_run: request.dry_run,
         parallel: request.parallel,
     };
-    let (disks, done) = moves.run(context, &fit.moves, before).await;
+    let (mut disks, done) = moves.run(context, &fit.moves, before).await;
+    container::name_results(&mut disks, &fit.moves);
     result.take_disks(disks);
     done
 }

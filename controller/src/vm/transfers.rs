@@ -7,8 +7,10 @@ use std::time::Instant;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use kvm_clone_protocol::message::ApplyChoice;
+
 use super::result::DiskResult;
-use crate::endpoint::{DiskSpec, HostSpec};
+use crate::endpoint::{DiskLocation, DiskSpec, HostSpec};
 use crate::error::{Error, ErrorCode, Result};
 use crate::transfer::{
     self, BeforeChange, Context, MethodChoice, Operation, Options, Request, TransferResult,
@@ -19,9 +21,13 @@ use crate::transfer::{
 pub(super) struct Move {
     pub(super) target: String,
     pub(super) source: String,
-    /// What is read in its place: a copy that holds still.
-    pub(super) read_from: Option<String>,
+    /// What is read in its place: something that holds still.
+    pub(super) read_from: Option<DiskLocation>,
     pub(super) destination: String,
+    /// What is written, or compared with, in its place.
+    pub(super) write_to: Option<DiskLocation>,
+    /// It is the image that the guest writes to.
+    pub(super) is_of_guest: bool,
     /// The two hold different references to the image below them, each its own.
     pub(super) own_reference: bool,
 }
@@ -62,10 +68,15 @@ impl Moves {
             self.run_each(context, requests).await
         };
         let named = |(each, mut transfer): (&Move, TransferResult)| {
-            // Nobody knows the copy that was read.
+            // Nobody knows what was read and written in their place.
             transfer.source = DiskSpec::at(self.from.clone(), &each.source).to_string();
+            transfer.destination = DiskSpec::at(self.to.clone(), &each.destination).to_string();
             let target = each.target.clone();
-            DiskResult { target, transfer }
+            DiskResult {
+                target,
+                scan: None,
+                transfer,
+            }
         };
         let disks: Vec<DiskResult> = moves.iter().zip(results).map(named).collect();
         let failed = first_failure(&disks);
@@ -108,15 +119,23 @@ impl Moves {
     }
 
     fn request(&self, each: &Move, n_moves: usize) -> Request {
-        let disk = |host: &HostSpec, path: &str| DiskSpec::at(host.clone(), path);
+        let mut source = DiskSpec::at(self.from.clone(), &each.source);
+        if let Some(location) = &each.read_from {
+            source.location = location.clone();
+        }
         let mut options = self.options.clone();
         // The limit is the run's, so those that run at once share it.
         let share = u64::try_from(self.parallel.get().min(n_moves).max(1)).unwrap_or(1);
         options.bandwidth_limit = options.bandwidth_limit.map(|limit| (limit / share).max(1));
+        let mut destination = DiskSpec::at(self.to.clone(), &each.destination);
+        if let Some(location) = &each.write_to {
+            destination.location = location.clone();
+            options.apply = ApplyChoice::Auto;
+        }
         Request {
             operation: self.operation,
-            source: disk(&self.from, each.read_from.as_ref().unwrap_or(&each.source)),
-            destination: disk(&self.to, &each.destination),
+            source,
+            destination,
             dry_run: self.dry_run,
             options,
         }

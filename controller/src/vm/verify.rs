@@ -3,8 +3,10 @@
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
+use super::lineage;
+use super::live::{self, Hold, Quiesce, Reading};
 use super::obstacle::{Obstacles, to_error};
-use super::pairs;
+use super::pairs::{self, Subject};
 use super::result::VmResult;
 use super::survey::Survey;
 use super::transfers::{Move, Moves};
@@ -74,7 +76,14 @@ async fn verify(
             "{vm} on {host} is {state}: what it writes meanwhile may count as a difference"
         ));
     }
-    let moves = pairs::pair(&source, &target, &mut obstacles);
+    let holds = lineage::holds(&source, &target).await?;
+    let subject = Subject::between(&source, &target, holds.contents);
+    let mut moves = pairs::pair(&source, &target, subject, &mut obstacles);
+    let readings = [&source, &target].map(|survey| match (subject, survey.domain.state.is_off()) {
+        (Subject::Images, _) => Reading::Still,
+        (Subject::Contents, true) => Reading::Contents,
+        (Subject::Contents, false) => Reading::Snapshot(Quiesce::Auto),
+    });
     let found = obstacles.into_found();
     let what = format!(
         "cannot compare {} with {name} on {}",
@@ -89,12 +98,24 @@ async fn verify(
         .domain
         .definition
         .differences(&target.domain.definition);
-    let live = if source.domain.state.is_off() {
-        LiveRead::No
-    } else {
-        LiveRead::Torn
+    let mut options = request.options.clone();
+    if !source.domain.state.is_off() {
+        options.live = LiveRead::Torn;
+    }
+    let ours = Hold::begin(&source, readings[0], None, &mut result.warnings).await?;
+    if let Some(ours) = &ours {
+        ours.redirect(&mut moves, &mut options);
+    }
+    let theirs = match Hold::begin(&target, readings[1], None, &mut result.warnings).await {
+        Ok(theirs) => theirs,
+        Err(error) => return live::let_end(ours, Err(error)).await,
     };
-    let disks = compare(context, request, &moves, live, result).await;
+    if let Some(theirs) = &theirs {
+        theirs.redirect_destination(&mut moves);
+    }
+    let disks = compare(context, request, &moves, options, result).await;
+    let disks = live::let_end(theirs, disks).await;
+    let disks = live::let_end(ours, disks).await;
     let alike = differences.is_empty();
     result.definition_differences = Some(differences);
     disks?;
@@ -113,17 +134,14 @@ async fn compare(
     context: &Context,
     request: &VerifyRequest,
     files: &[Move],
-    live: LiveRead,
+    options: Options,
     result: &mut VmResult,
 ) -> Result<()> {
     let moves = Moves {
         operation: Operation::Verify,
         from: request.source.clone(),
         to: request.destination.clone(),
-        options: Options {
-            live,
-            ..request.options.clone()
-        },
+        options,
         dry_run: false,
         parallel: request.parallel,
     };

@@ -60,7 +60,7 @@ impl Guest {
 
 /// Names what the guest is built from.
 fn recipe(source: &Path) -> String {
-    let files = ["build", "init"].map(|name| source.join(name));
+    let files = ["build", "init", "writer.rs"].map(|name| source.join(name));
     let sums = tool("sha256sum", files);
     sums.lines()
         .map(|line| &line[..8])

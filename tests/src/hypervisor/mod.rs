@@ -10,9 +10,11 @@
 //! /etc/libvirt, /var/lib/kvm-clone, /root, /run and the temporary directories are their own.
 
 mod guest;
+mod records;
 mod site;
 mod vm;
 
 pub use guest::{Guest, MARK_BYTES, mark, set_mark};
+pub use records::records;
 pub use site::{Hypervisor, Site, SiteSpec};
 pub use vm::{Firmware, Vm};

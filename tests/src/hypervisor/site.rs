@@ -345,6 +345,32 @@ impl Hypervisor {
         said
     }
 
+    /// Starts a VM whose guest writes, and waits until it does.
+    pub fn start_writing(&self, vm: &str) {
+        let _ = fs::remove_file(self.console_path(vm));
+        self.virsh(&["start", vm]);
+        wait_for(&format!("what {vm} writes on {}", self.name), BOOT, || {
+            self.console(vm).contains("GUEST wrote").then_some(())
+        });
+    }
+
+    /// The longest time for which a guest was kept from writing, of each second since its console had
+    /// so many bytes, in milliseconds.
+    #[must_use]
+    pub fn pauses(&self, vm: &str, since: usize) -> Vec<u64> {
+        let said = self.console(vm);
+        let lines = said.get(since..).unwrap_or_default().lines();
+        let number = |line: &str| {
+            line.split_once("longest ")?
+                .1
+                .split_once(' ')?
+                .0
+                .parse()
+                .ok()
+        };
+        lines.filter_map(number).collect()
+    }
+
     fn console_path(&self, vm: &str) -> PathBuf {
         self.directory.join("log").join(format!("{vm}-console.log"))
     }
@@ -422,8 +448,14 @@ impl Hypervisor {
         wait_for(&format!("{} without agents", self.name), PATIENCE, || {
             self.agents().is_empty().then_some(())
         });
-        let left = self.run(&["sh", "-c", "ls -A /var/lib/kvm-clone/clones /var/lib/kvm-clone/paused 2>/dev/null | grep json; \
-                               find /var/lib/libvirt -name '*.kc-*' ! -name '*.kc-checkpoint-*'; true"]);
+        let left = self.run(&[
+            "sh",
+            "-c",
+            "cd /var/lib/kvm-clone; ls -A clones held nbd 2>/dev/null | grep -e json -e '[0-9a-f]$'; \
+             find /var/lib/libvirt -name '*.kc-*' ! -name '*.kc-checkpoint-*'; \
+             find /var/lib/libvirt/qemu -name 'kc-*'; pgrep --ns $$ -a qemu-nbd; \
+             for vm in $(virsh -q list --name); do virsh -q backup-dumpxml $vm 2>/dev/null; done; true",
+        ]);
         assert_eq!(left, "", "left on {}", self.name);
     }
 

@@ -28,7 +28,12 @@ pub struct Vm {
     disks: Vec<(&'static str, &'static str)>,
     os: String,
     devices: String,
+    writes: bool,
 }
+
+/// The guest agent's channel.
+const AGENT: &str =
+    "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
 
 impl Vm {
     /// A VM with BIOS and one raw disk, `vda`, marked `NAME vda`.
@@ -40,7 +45,17 @@ impl Vm {
             disks: vec![("vda", "raw")],
             os: String::new(),
             devices: String::new(),
+            writes: false,
         }
+    }
+
+    /// A VM with BIOS and three disks of these formats, whose guest has an agent and appends records
+    /// to the second and the third all the time.
+    #[must_use]
+    pub fn that_writes(name: &'static str, formats: [&'static str; 3]) -> Self {
+        let [a, b, c] = formats;
+        let vm = Self::new(name).disks(&[("vda", a), ("vdb", b), ("vdc", c)]);
+        Self { writes: true, ..vm }.devices(AGENT)
     }
 
     /// Another firmware.
@@ -87,6 +102,8 @@ impl Vm {
             if at == 0 {
                 fs::copy(guest.boot_disk(), &raw).expect("the images have room");
                 tool("fallocate", ["--dig-holes".as_ref(), raw.as_os_str()]);
+            } else if self.writes {
+                make_ext4(&raw);
             } else {
                 write_data(&raw);
             }
@@ -140,6 +157,19 @@ impl Vm {
              {devices}\n  </devices>\n</domain>\n"
         )
     }
+}
+
+/// A disk of 64 MiB with an ext4 file system, and room for the mark behind it.
+fn make_ext4(path: &Path) {
+    let file = fs::File::create(path).expect("the images have room");
+    file.set_len(64 * 1024 * 1024)
+        .expect("a hole takes no room");
+    let words = ["-q", "-F", "-b", "4096"].map(AsRef::as_ref);
+    let blocks = "16000";
+    tool(
+        "mkfs.ext4",
+        words.into_iter().chain([path.as_os_str(), blocks.as_ref()]),
+    );
 }
 
 /// A disk of 64 MiB, half of it data that does not compress.

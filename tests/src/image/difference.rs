@@ -60,8 +60,9 @@ fn extents(file: &File, size: u64) -> Vec<(u64, u64)> {
 /// When that fails.
 pub fn evict(path: &Path) {
     let file = open_read(path);
-    file.sync_all().unwrap();
-    posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    file.sync_all().expect("the file can be written out");
+    let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    posix_fadvise(file, 0, 0, advice).expect("it is a file");
 }
 
 /// Bytes of a file that are not holes.

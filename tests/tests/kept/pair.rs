@@ -64,7 +64,8 @@ impl<'a> Pair<'a> {
     /// a read ahead has brought it there, so that the next run would read it.
     pub(crate) fn sync(&self) -> Outcome {
         let outcome = self.lab.sync(self.by, &self.from, &self.to, self.options);
-        [&self.from, &self.to].map(|disk| image::evict(disk));
+        image::evict(&self.from);
+        image::evict(&self.to);
         outcome
     }
 

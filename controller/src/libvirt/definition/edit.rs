@@ -37,6 +37,13 @@ pub enum Edit {
         /// Where they are.
         source: DiskSource,
     },
+    /// A disk whose image has another format.
+    DiskFormat {
+        /// Which disk.
+        disk: usize,
+        /// `raw`, `qcow2`, …
+        format: String,
+    },
     /// The images below a disk are no longer named here, but read from the disk.
     DropBackingStore {
         /// Which disk.
@@ -104,6 +111,10 @@ fn make(domain: Node<'_, '_>, edit: &Edit, splices: &mut Splices<'_>) -> Option<
             disk: index,
             source,
         } => set_source(disk(index)?, source, splices)?,
+        Edit::DiskFormat {
+            disk: index,
+            format,
+        } => set_format(disk(index)?, format, splices)?,
         Edit::DropBackingStore { disk: index } => {
             splices.remove(child(disk(index)?, "backingStore")?);
         }
@@ -215,6 +226,24 @@ fn set_source(disk: Node<'_, '_>, to: &DiskSource, splices: &mut Splices<'_>) ->
         ),
         DiskSource::None | DiskSource::Other(_) => None,
     }
+}
+
+fn set_format(disk: Node<'_, '_>, format: &str, splices: &mut Splices<'_>) -> Option<()> {
+    match child(disk, "driver") {
+        Some(driver) => match driver.attribute_node("type") {
+            Some(had) => splices.set_value(&had, format),
+            None => {
+                let first = driver.attributes().next()?;
+                let had = &format!("{}='{}'", first.name(), escape(first.value(), Some('\'')));
+                splices.replace_attribute(&first, &format!("{had} type='{format}'"));
+            }
+        },
+        None => {
+            let element = format!("<driver name='qemu' type='{format}'/>");
+            splices.insert_before(elements(disk).next()?, &element);
+        }
+    }
+    Some(())
 }
 
 fn eject(disk: Node<'_, '_>, splices: &mut Splices<'_>) {

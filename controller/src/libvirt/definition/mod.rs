@@ -16,6 +16,7 @@ use uuid::Uuid;
 pub use disk::{Disk, DiskDevice, DiskSource};
 pub use edit::Edit;
 pub use interface::{Interface, InterfaceSource, MacAddress};
+pub(super) use splice::escape;
 
 use crate::error::{Error, ErrorCode, Result};
 

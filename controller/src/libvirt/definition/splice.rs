@@ -107,7 +107,7 @@ impl<'a> Splices<'a> {
 }
 
 /// A value as XML text; in an attribute, between quotes of this kind.
-pub(super) fn escape(value: &str, quote: Option<char>) -> String {
+pub(in crate::libvirt) fn escape(value: &str, quote: Option<char>) -> String {
     let mut escaped = String::with_capacity(value.len());
     for c in value.chars() {
         match c {

@@ -12,6 +12,9 @@
 use crate::error::Result;
 use crate::host::quote;
 
+pub(super) mod live;
+pub(super) mod nbd;
+
 /// Ahead of a line that names the agent that is started next.
 pub(super) const AT: &[u8] = b"\nkvm-clone-at ";
 /// Ahead of the machine's name, when there is no agent yet.
@@ -240,7 +243,7 @@ pub(super) fn facts(temporary: &str, libvirt: &str, root_agent: Option<&[u8]>) -
         r=$(df -Pk "$p" 2>/dev/null | {{ read -r h; read -r l; echo "$l"; }});
         set -- $r; fact free "${{4:-}} $p";
         case $u in (0) p=/var/lib/kvm-clone ;; (*) p=${{XDG_STATE_HOME:-$HOME/.local/state}}/kvm-clone ;; esac;
-        fact unfinished "$(for d in runs clones paused; do ls "$p/$d" 2>/dev/null; done |
+        fact unfinished "$(for d in runs clones held; do ls "$p/$d" 2>/dev/null; done |
             while read -r l; do case $l in (*.run|*.json) echo ;; esac; done | wc -l)";
         {sudo}
         fact end """#,
@@ -360,49 +363,18 @@ pub(super) fn errand(command: &str, known_hosts: &[u8]) -> Result<String> {
 }
 
 /// Runs `begin`, passes on what it writes, waits for a line or the end of standard input, and runs
-/// `undo`; after a line also `forget`. All three are quoted commands. A hang-up of the login does
-/// not keep it from that.
-pub(super) fn guard(begin: &str, undo: &str, forget: &str) -> String {
+/// `undo`; after a line also `forget`. `watch` runs meanwhile, and ends when there is
+/// nothing to be watched any more. All are quoted commands. A hang-up of the login does not keep it from that.
+pub(super) fn guard(begin: &str, watch: &str, undo: &str, forget: &str) -> String {
     one_line(&format!(
         r#"trap "" HUP INT TERM PIPE;
-        {begin} </dev/null || exit 70;
+        {begin} </dev/null || exit $?;
         echo; echo kvm-clone-done;
+        {watch} </dev/null 2>/dev/null &
         l=; IFS= read -r l;
         {undo} >/dev/null </dev/null || exit 71;
         [ -z "$l" ] || {forget} </dev/null"#
     ))
-}
-
-/// What [`suspend`] says when it has made the copies.
-pub(super) const COPIED: &[u8] = b"\nkvm-clone-copied\n";
-
-/// Suspends the VM `$1` of the libvirt at `$0`. Where the files that follow, pairs of a name and
-/// another, can be copied by sharing their blocks, it makes these copies and resumes the VM;
-/// else there are no copies, and it stays suspended.
-pub(super) fn suspend() -> String {
-    one_line(
-        r#"umask 077; u=$0; v=$1; shift; n=$#;
-        virsh -q -c "$u" suspend "$v" || exit 70;
-        i=0; copied=yes;
-        while [ $i -lt $n ]; do
-        if [ "$copied" ]; then rm -f -- "$2"; cp --reflink=always -- "$1" "$2" 2>/dev/null || copied=; fi;
-        set -- "$@" "$2"; shift 2; i=$((i+2));
-        done;
-        if [ "$copied" ] && [ $n -gt 0 ]; then
-        for t in 1 2 3; do virsh -q -c "$u" resume "$v" && { echo; echo kvm-clone-copied; exit 0; }; sleep 1; done;
-        fi;
-        rm -f -- "$@""#,
-    )
-}
-
-/// Ends what [`suspend`] began, with the names of the copies alone: where they are there the VM
-/// runs already.
-pub(super) fn resume() -> String {
-    one_line(
-        r#"u=$0; v=$1; shift;
-        if [ $# -gt 0 ] && [ -e "$1" ]; then rm -f -- "$@";
-        else virsh -q -c "$u" resume "$v"; fi"#,
-    )
 }
 
 /// With which [`lock`] says that somebody else has it.
@@ -508,8 +480,15 @@ mod tests {
                 uploads_after: 1,
             })),
             facts(".agent.1", "qemu:///system", Some(b"/opt/agent")).unwrap(),
-            guard("suspend", "resume", "rm"),
+            guard("suspend", "watch", "resume", "rm"),
             lock(),
+            live::suspend(),
+            live::resume(),
+            live::backup(),
+            live::watch(),
+            live::end_backup(),
+            nbd::export(),
+            nbd::end_export(),
         ];
         for script in scripts {
             assert!(!script.contains(['\'', '\n', '\\', '!', '^']), "{script}");

@@ -1,0 +1,122 @@
+//! What a hypervisor does with a VM that runs while its disks are read.
+
+use super::one_line;
+
+/// What [`suspend`] says when it has made the copies.
+pub(in crate::host) const COPIED: &[u8] = b"\nkvm-clone-copied\n";
+/// What [`backup`] says when the guest's file systems were frozen at its instant.
+pub(in crate::host) const FROZEN: &[u8] = b"\nkvm-clone-frozen\n";
+/// What [`watch`] says when it has ended the job.
+pub(in crate::host) const FULL: &[u8] = b"\nkvm-clone-full\n";
+
+/// With which [`backup`] says that a file system has too little space.
+pub(in crate::host) const NO_SPACE: i32 = 72;
+/// With which [`backup`] says that the guest's file systems cannot be frozen.
+pub(in crate::host) const NOT_FROZEN: i32 = 73;
+
+/// Suspends the VM `$1` of the libvirt at `$0`. Where the files that follow, pairs of a name and
+/// another, can be copied by sharing their blocks, it makes these copies and resumes the VM;
+/// else there are no copies, and it stays suspended.
+pub(in crate::host) fn suspend() -> String {
+    one_line(
+        r#"umask 077; u=$0; v=$1; shift; n=$#;
+        virsh -q -c "$u" suspend "$v" || exit 70;
+        i=0; copied=yes;
+        while [ $i -lt $n ]; do
+        if [ "$copied" ]; then rm -f -- "$2"; cp --reflink=always -- "$1" "$2" 2>/dev/null || copied=; fi;
+        set -- "$@" "$2"; shift 2; i=$((i+2));
+        done;
+        if [ "$copied" ] && [ $n -gt 0 ]; then
+        for t in 1 2 3; do virsh -q -c "$u" resume "$v" && { echo; echo kvm-clone-copied; exit 0; }; sleep 1; done;
+        fi;
+        rm -f -- "$@""#,
+    )
+}
+
+/// Ends what [`suspend`] began, with the names of the copies alone: where they are there the VM
+/// runs already.
+pub(in crate::host) fn resume() -> String {
+    one_line(
+        r#"u=$0; v=$1; shift;
+        if [ $# -gt 0 ] && [ -e "$1" ]; then rm -f -- "$@";
+        else virsh -q -c "$u" resume "$v"; fi"#,
+    )
+}
+
+/// What the scripts about a backup job share. `$0` is the URI of libvirt, `$1` the VM, `$2` the
+/// socket that tells the job from others, `$3` the least number of KiB that is to be left on the
+/// file systems of the scratch files, which are the others.
+///
+/// `vir` is virsh with a limit: a guest agent may never answer. SIGTERM is ignored here, and so by
+/// what is started. `room` holds where there is that space. `end` ends the job, if it is still ours.
+/// When a scratch file could not grow, QEMU has paused the guest, which stays so after the job.
+const BACKUP: &str = r#"
+    umask 077; LC_ALL=C; export LC_ALL; u=$0; v=$1; s=$2; floor=$3; shift 3;
+    vir() { timeout -s KILL 20 virsh -q -c "$u" "$@"; };
+    free() { df -Pk -- "${1%/*}" 2>/dev/null | { read -r h; read -r a b c k l; echo "${k:-0}"; }; };
+    room() {
+        for f in "$@"; do
+            k=$(free "$f"); [ "$k" -ge "$floor" ] || return 1;
+        done;
+    };
+    ours() { vir backup-dumpxml "$v" 2>/dev/null | grep -qF -- "$s"; };
+    end() {
+        t=0;
+        while ours; do
+            [ $t -lt 100 ] || return 1;
+            [ $((t % 20)) -ne 0 ] || vir domjobabort "$v" >/dev/null 2>&1;
+            t=$((t + 1)); sleep 0.1;
+        done;
+        case $(vir domstate --reason "$v" 2>/dev/null) in
+            ("paused (I/O error)") vir resume "$v" || return 1 ;;
+        esac;
+        rm -f -- "$s" "$@";
+    };
+"#;
+
+/// Begins a backup job: after what all have come `$4`, how the guest's file systems are frozen
+/// (`auto`, `require` or `off`), the XML of the job, that of a checkpoint or nothing, and the scratch
+/// files. The guest is frozen for two commands of virsh.
+pub(in crate::host) fn backup() -> String {
+    one_line(&format!(
+        r#"{BACKUP} q=$1; b=$2; c=$3; shift 3;
+        thaw() {{
+            for t in 1 2 3 4 5 6; do vir domfsthaw "$v" >/dev/null 2>&1 && return 0; sleep 1; done;
+            echo "the file systems of the guest may still be frozen: virsh domfsthaw $v" >&2;
+            return 1;
+        }};
+        room "$@" || {{ echo "beside $f are $k KiB free, and $floor are to be left" >&2; exit {NO_SPACE}; }};
+        x=$(mktemp -d) || exit 70;
+        printf "%s" "$b" >"$x/b"; [ -z "$c" ] || {{ printf "%s" "$c" >"$x/c"; c=$x/c; }};
+        frozen=; r=0;
+        case $q in (off) ;; (*)
+            vir domfsfreeze "$v" >/dev/null 2>"$x/e"; r=$?;
+            case $r in (0) frozen=yes ;; (124|137) thaw || {{ rm -rf "$x"; exit 71; }} ;; esac;
+            if [ -z "$frozen" ] && [ "$q" = require ]; then
+                cat "$x/e" >&2; rm -rf "$x"; exit {NOT_FROZEN};
+            fi ;;
+        esac;
+        vir backup-begin "$v" "$x/b" $c >/dev/null 2>"$x/e"; r=$?;
+        [ -z "$frozen" ] || thaw || r=71;
+        cat "$x/e" >&2; rm -rf "$x";
+        if [ $r -ne 0 ]; then end "$@"; exit $r; fi;
+        [ -z "$frozen" ] || {{ echo; echo kvm-clone-frozen; }};
+        exit 0"#
+    ))
+}
+
+/// Ends the job, and says so, when too little space is left for what the guest overwrites. Ends
+/// with the socket.
+pub(in crate::host) fn watch() -> String {
+    one_line(&format!(
+        r#"{BACKUP}
+        while [ -S "$s" ] && sleep 0.2 >/dev/null; do
+            room "$@" || {{ echo; echo kvm-clone-full; end "$@" >/dev/null; exit 0; }};
+        done"#
+    ))
+}
+
+/// Ends the job.
+pub(in crate::host) fn end_backup() -> String {
+    one_line(&format!(r#"{BACKUP} end "$@""#))
+}

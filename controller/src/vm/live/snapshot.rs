@@ -1,0 +1,207 @@
+//! A snapshot of a VM that runs: a backup job of libvirt's, by which QEMU exports the disks as they
+//! were at one instant, and keeps in scratch files what the guest overwrites of that.
+
+use kvm_clone_protocol::message::History;
+
+use super::Quiesce;
+use super::changes::{self, Versions};
+use super::hold::{Shows, beside};
+use super::record::{HeldVm, Means, remember};
+use crate::error::{ErrorCode, Result};
+use crate::host::{Backup, Guard, Held, Place};
+use crate::libvirt::{BackupDisk, backup_job, changes_context, checkpoint};
+use crate::vm::state::{self, Kind};
+use crate::vm::survey::{Survey, SurveyedDisk};
+
+/// Where QEMU may make a socket, and files for what is overwritten of a block device.
+const QEMU_DIRECTORY: &str = "/var/lib/libvirt/qemu";
+
+/// What a backup job leaves free on the file systems of its scratch files, where the images of other
+/// guests may lie, in bytes: what a guest on fast storage writes between two looks.
+const MIN_FREE: u64 = 512 << 20;
+
+/// A snapshot that is to be.
+struct Snapshot<'a> {
+    source: &'a Survey,
+    uuid: String,
+    quiesce: Quiesce,
+    socket: String,
+    scratch: Vec<String>,
+    /// The checkpoint that is to begin with it.
+    becomes: Option<&'a str>,
+}
+
+/// What libvirt is asked for: the checkpoint since which each disk's changes are told of, and whether
+/// they are noted from now on.
+struct Wanted<'a> {
+    since: Vec<Option<&'a str>>,
+    is_tracked: Vec<bool>,
+}
+
+/// Begins a snapshot, which is built upon what the last run has left as far as libvirt knows what was
+/// written since. What it does not know goes to `warnings`.
+///
+/// # Errors
+/// When libvirt does not begin the job; the VM runs on then.
+pub(super) async fn begin(
+    source: &Survey,
+    quiesce: Quiesce,
+    versions: Option<&Versions>,
+    warnings: &mut Vec<String>,
+) -> Result<(Guard, Guard, Shows)> {
+    let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
+    let disks = source.disks.iter();
+    let becomes = versions.map(|versions| versions.becomes.name());
+    let snapshot = Snapshot {
+        socket: format!("{QEMU_DIRECTORY}/kc-{uuid}.sock"),
+        scratch: disks.map(|disk| scratch(disk, &uuid)).collect(),
+        source,
+        uuid,
+        quiesce,
+        becomes,
+    };
+    let means = Means::Backup {
+        socket: snapshot.socket.clone(),
+        scratch: snapshot.scratch.clone(),
+        checkpoint: becomes.map(str::to_owned),
+    };
+    let uuid = &snapshot.uuid;
+    let lock = remember(on, uuid, &HeldVm::new(source.name(), means)).await?;
+    match snapshot.begin(versions, warnings).await {
+        Ok((guard, shows)) => Ok((guard, lock, shows)),
+        Err(error) => {
+            state::forget(on, Kind::Held, uuid).await?;
+            let (vm, host) = (source.name(), on.host());
+            Err(error
+                .context(format!("{vm} on {host} cannot be copied while it runs"))
+                .hint("--live pause suspends it meanwhile; or shut it down"))
+        }
+    }
+}
+
+impl Snapshot<'_> {
+    /// As much of what is wanted as libvirt gives.
+    async fn begin(
+        &self,
+        versions: Option<&Versions>,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Guard, Shows)> {
+        let can = match versions {
+            Some(_) => changes::can_be_tracked(self.source),
+            None => vec![false; self.source.disks.len()],
+        };
+        let nothing = vec![None; can.len()];
+        if let Some(was) = versions.and_then(|versions| versions.was.as_ref()) {
+            let tracked = changes::tracked_since(self.source, was).await?;
+            let disks = self.source.disks.iter().zip(&can);
+            let since = disks
+                .map(|(disk, can)| (*can && tracked.contains(&disk.target)).then_some(was.name()));
+            let since: Vec<_> = since.collect();
+            for (disk, (can, since)) in self.source.disks.iter().zip(can.iter().zip(&since)) {
+                if *can && since.is_none() {
+                    let target = &disk.target;
+                    warnings.push(format!(
+                        "disk {target} has no checkpoint of the last sync, and is read from end to end"
+                    ));
+                }
+            }
+            if since.iter().any(Option::is_some) {
+                let wanted = Wanted {
+                    since,
+                    is_tracked: can.clone(),
+                };
+                match self.ask(&wanted).await {
+                    Err(error) if error.code() == ErrorCode::Refused => {
+                        let why = error.one_line();
+                        warnings.push(format!(
+                            "what was written since the last sync is not known, and all is read: {why}"
+                        ));
+                        changes::prune(self.source, &versions.expect("there is one").becomes)
+                            .await?;
+                    }
+                    done => return done,
+                }
+            }
+        }
+        if can.contains(&true) {
+            let wanted = Wanted {
+                since: nothing.clone(),
+                is_tracked: can.clone(),
+            };
+            match self.ask(&wanted).await {
+                Err(error) if error.code() == ErrorCode::Refused => {
+                    let why = error.one_line();
+                    warnings.push(format!(
+                        "the next sync reads all as well, without a checkpoint: {why}"
+                    ));
+                }
+                done => return done,
+            }
+        }
+        let is_tracked = vec![false; can.len()];
+        let since = nothing;
+        self.ask(&Wanted { since, is_tracked }).await
+    }
+
+    /// Begins the job in one way.
+    async fn ask(&self, wanted: &Wanted<'_>) -> Result<(Guard, Shows)> {
+        let each = self.source.disks.iter().zip(&self.scratch);
+        let each = each.zip(wanted.since.iter().zip(&wanted.is_tracked));
+        let disks: Vec<BackupDisk<'_>> = each
+            .map(|((disk, scratch), (since, is_tracked))| BackupDisk {
+                target: &disk.target,
+                scratch,
+                since: *since,
+                is_tracked: *is_tracked,
+            })
+            .collect();
+        let name = self.becomes.filter(|_| wanted.is_tracked.contains(&true));
+        let backup = Backup {
+            job: &backup_job(&self.socket, &disks),
+            checkpoint: &name.map_or_else(String::new, |name| checkpoint(name, &disks)),
+            quiesce: self.quiesce.as_str(),
+            place: Place {
+                socket: &self.socket,
+                scratch: &self.scratch,
+                min_free: MIN_FREE,
+            },
+        };
+        let on = &self.source.on;
+        let vm = Held {
+            uri: on.uri(),
+            vm: &self.uuid,
+        };
+        let note = Kind::Held.path(&self.uuid);
+        let forget = ["rm", "-f", "--", &note];
+        let (guard, frozen) = on.host().back_up(vm, &backup, &forget).await?;
+        let tracked = disks
+            .iter()
+            .zip(&self.source.disks)
+            .filter(|(disk, _)| disk.is_tracked);
+        let histories = tracked.filter_map(|(disk, surveyed)| {
+            let history = History {
+                image: surveyed.images[0].path.clone().into_bytes(),
+                was: disk.since.map(str::to_owned),
+                becomes: name?.to_owned(),
+                changed: disk.since.map(|_| changes_context(disk.target)),
+            };
+            Some((disk.target.to_owned(), history))
+        });
+        let shows = Shows::Export {
+            socket: self.socket.clone(),
+            frozen,
+            checkpoint: name.map(str::to_owned),
+            histories: histories.collect(),
+        };
+        Ok((guard, shows))
+    }
+}
+
+/// Where what the guest overwrites of a disk goes meanwhile: beside its image.
+fn scratch(disk: &SurveyedDisk, uuid: &str) -> String {
+    let image = &disk.images[0];
+    if image.is_device() {
+        return format!("{QEMU_DIRECTORY}/kc-{uuid}-{}.scratch", disk.target);
+    }
+    beside(&image.path, "kc-scratch")
+}

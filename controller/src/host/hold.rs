@@ -6,6 +6,9 @@ use super::script::live as script;
 use super::{Host, SSH_FAILED, find};
 use crate::error::{Error, ErrorCode, Result};
 
+/// Asks a guest agent whether the guest's file systems are frozen.
+pub const FREEZE_STATUS: &str = r#"{"execute":"guest-fsfreeze-status"}"#;
+
 /// A VM of a libvirt.
 #[derive(Debug, Clone, Copy)]
 pub struct Held<'a> {
@@ -100,7 +103,7 @@ impl Host {
         let scratch: Vec<&str> = place.scratch.iter().map(String::as_str).collect();
         let [mut begin, mut watch, mut undo] =
             texts.each_ref().map(|text| place.words(text, vm, &floor));
-        begin.extend([backup.quiesce, backup.job, backup.checkpoint]);
+        begin.extend([backup.quiesce, FREEZE_STATUS, backup.job, backup.checkpoint]);
         for words in [&mut begin, &mut watch, &mut undo] {
             words.extend(&scratch);
         }

@@ -44,7 +44,7 @@ pub use export::{Export, export_socket};
 pub use facts::Facts;
 pub use files::{FileFacts, FileKind, Space};
 pub use guard::Guard;
-pub use hold::{Backup, Held, Place};
+pub use hold::{Backup, FREEZE_STATUS, Held, Place};
 pub use install::DEFAULT_INSTALL_PATH;
 pub use ssh::{Resolved, SshOptions};
 pub use way::Way;

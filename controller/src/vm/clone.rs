@@ -270,13 +270,14 @@ async fn prepare(
         result.obstacles = found;
         return Err(error);
     }
+    let versions = Versions::after(None, &survey).await?;
     Ok(Fit {
         survey,
         destination,
         plan,
         subject,
         reading,
-        versions: Versions::after(None),
+        versions,
         options,
     })
 }

@@ -241,13 +241,14 @@ async fn prepare(
         result.obstacles = found;
         return Err(error);
     }
+    let versions = Versions::after(holds.version, &source).await?;
     Ok(Fit {
         source,
         target,
         moves,
         subject,
         reading,
-        versions: Versions::after(holds.version),
+        versions,
         options,
         checkpoint,
         _lock: lock,

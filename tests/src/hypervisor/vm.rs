@@ -29,6 +29,7 @@ pub struct Vm {
     os: String,
     devices: String,
     writes: bool,
+    data_bytes: u64,
 }
 
 /// The guest agent's channel.
@@ -46,6 +47,7 @@ impl Vm {
             os: String::new(),
             devices: String::new(),
             writes: false,
+            data_bytes: 64 * 1024 * 1024,
         }
     }
 
@@ -56,6 +58,12 @@ impl Vm {
         let [a, b, c] = formats;
         let vm = Self::new(name).disks(&[("vda", a), ("vdb", b), ("vdc", c)]);
         Self { writes: true, ..vm }.devices(AGENT)
+    }
+
+    /// Another size of the disks to which its guest writes, in bytes.
+    #[must_use]
+    pub fn data_bytes(self, data_bytes: u64) -> Self {
+        Self { data_bytes, ..self }
     }
 
     /// Another firmware.
@@ -103,7 +111,7 @@ impl Vm {
                 fs::copy(guest.boot_disk(), &raw).expect("the images have room");
                 tool("fallocate", ["--dig-holes".as_ref(), raw.as_os_str()]);
             } else if self.writes {
-                make_ext4(&raw);
+                make_ext4(&raw, self.data_bytes);
             } else {
                 write_data(&raw);
             }
@@ -159,17 +167,14 @@ impl Vm {
     }
 }
 
-/// A disk of 64 MiB with an ext4 file system, and room for the mark behind it.
-fn make_ext4(path: &Path) {
+/// A disk of so many bytes with an ext4 file system, and room for the mark behind it.
+fn make_ext4(path: &Path, bytes: u64) {
     let file = fs::File::create(path).expect("the images have room");
-    file.set_len(64 * 1024 * 1024)
-        .expect("a hole takes no room");
-    let words = ["-q", "-F", "-b", "4096"].map(AsRef::as_ref);
-    let blocks = "16000";
-    tool(
-        "mkfs.ext4",
-        words.into_iter().chain([path.as_os_str(), blocks.as_ref()]),
-    );
+    file.set_len(bytes).expect("a hole takes no room");
+    let blocks = (bytes / 4096 - 256).to_string();
+    let words = ["-q", "-F", "-b", "4096", "-J", "size=4"].map(AsRef::as_ref);
+    let rest = [path.as_os_str(), blocks.as_ref()];
+    tool("mkfs.ext4", words.into_iter().chain(rest));
 }
 
 /// A disk of 64 MiB, half of it data that does not compress.

@@ -75,11 +75,12 @@ const BACKUP: &str = r#"
 "#;
 
 /// Begins a backup job: after what all have come `$4`, how the guest's file systems are frozen
-/// (`auto`, `require` or `off`), the XML of the job, that of a checkpoint or nothing, and the scratch
-/// files. The guest is frozen for two commands of virsh.
+/// (`auto`, `require` or `off`), what asks its agent whether they are, the XML of the job, that of a checkpoint or nothing, and the scratch
+/// files. What somebody else has frozen is left so. All that happens between freezing and thawing is
+/// one command line of virsh, which goes on when a part of it fails.
 pub(in crate::host) fn backup() -> String {
     one_line(&format!(
-        r#"{BACKUP} q=$1; b=$2; c=$3; shift 3;
+        r#"{BACKUP} q=$1; ask=$2; b=$3; c=$4; shift 4;
         thaw() {{
             for t in 1 2 3 4 5 6; do vir domfsthaw "$v" >/dev/null 2>&1 && return 0; sleep 1; done;
             echo "the file systems of the guest may still be frozen: virsh domfsthaw $v" >&2;
@@ -88,16 +89,24 @@ pub(in crate::host) fn backup() -> String {
         room "$@" || {{ echo "beside $f are $k KiB free, and $floor are to be left" >&2; exit {NO_SPACE}; }};
         x=$(mktemp -d) || exit 70;
         printf "%s" "$b" >"$x/b"; [ -z "$c" ] || {{ printf "%s" "$c" >"$x/c"; c=$x/c; }};
-        frozen=; r=0;
-        case $q in (off) ;; (*)
-            vir domfsfreeze "$v" >/dev/null 2>"$x/e"; r=$?;
-            case $r in (0) frozen=yes ;; (124|137) thaw || {{ rm -rf "$x"; exit 71; }} ;; esac;
-            if [ -z "$frozen" ] && [ "$q" = require ]; then
-                cat "$x/e" >&2; rm -rf "$x"; exit {NOT_FROZEN};
-            fi ;;
-        esac;
-        vir backup-begin "$v" "$x/b" $c >/dev/null 2>"$x/e"; r=$?;
-        [ -z "$frozen" ] || thaw || r=71;
+        said() {{ grep -q "$1" "$x/o"; }};
+        if [ "$q" = off ]; then :; else
+            vir qemu-agent-command --timeout 5 "$v" "$ask" >"$x/o" 2>"$x/e";
+            if said thawed; then :;
+            elif [ "$q" = auto ]; then q=off;
+            else cat "$x/o" "$x/e" >&2; rm -rf "$x"; exit {NOT_FROZEN};
+            fi;
+        fi;
+        now="backup-begin $v $x/b $c";
+        [ "$q" = off ] || now="domfsfreeze $v; $now; domfsthaw $v";
+        timeout -s KILL 20 virsh -c "$u" "$now" >"$x/o" 2>"$x/e"; k=$?;
+        r=0; frozen=;
+        if [ "$q" = off ]; then :; else
+            said "Froze " && frozen=yes;
+            if [ "$frozen" ] || [ $k -ge 124 ]; then said "Thawed " || thaw || r=71; fi;
+            [ "$frozen" ] || [ "$q" = auto ] || r={NOT_FROZEN};
+        fi;
+        said "Backup started" || [ $r -ne 0 ] || r=71;
         cat "$x/e" >&2; rm -rf "$x";
         if [ $r -ne 0 ]; then end "$@"; exit $r; fi;
         [ -z "$frozen" ] || {{ echo; echo kvm-clone-frozen; }};

@@ -1,7 +1,10 @@
 //! What a guest has written since the last sync: libvirt keeps note of it from a checkpoint on, in
 //! bitmaps inside of qcow2 images. A checkpoint begins with the snapshot of each run, and is what the
 //! next run builds upon once the destination has committed: so the destination remembers its name.
-//! Where anything is in doubt, all is read.
+//!
+//! A bitmap is believed only as long as the QEMU lives that has written it: no other process could
+//! change the disk meanwhile, nor the bitmap. What `qemu-img`, a backup that was put back or a crash
+//! made of the two while the VM was off, nobody can tell. Where anything is in doubt, all is read.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -18,6 +21,8 @@ pub(in crate::vm) struct Version {
     pair: String,
     /// Also that of the checkpoint at the source, if it has one.
     name: String,
+    /// The process of QEMU that had the disks.
+    process: Option<String>,
 }
 
 /// What a run builds upon, and what it leaves.
@@ -29,11 +34,18 @@ pub(in crate::vm) struct Versions {
 
 impl Versions {
     /// Those of a run that finds this at the destination.
-    pub(in crate::vm) fn after(was: Option<Version>) -> Self {
-        Self {
-            becomes: Version::after(was.as_ref()),
-            was,
-        }
+    ///
+    /// # Errors
+    /// When the source's host cannot be asked.
+    pub(in crate::vm) async fn after(was: Option<Version>, source: &Survey) -> Result<Self> {
+        let random = || Uuid::new_v4().simple().to_string()[..12].to_owned();
+        let pair = was.as_ref().map_or_else(random, |was| was.pair.clone());
+        let becomes = Version {
+            name: format!("{PREFIX}-{pair}-{}", random()),
+            pair,
+            process: process(source).await?,
+        };
+        Ok(Self { was, becomes })
     }
 }
 
@@ -44,14 +56,19 @@ impl Version {
     pub(in crate::vm) fn name(&self) -> &str {
         &self.name
     }
+}
 
-    /// The version that comes after another one.
-    fn after(was: Option<&Self>) -> Self {
-        let random = || Uuid::new_v4().simple().to_string()[..12].to_owned();
-        let pair = was.map_or_else(random, |was| was.pair.clone());
-        let name = format!("{PREFIX}-{pair}-{}", random());
-        Self { pair, name }
+/// The process of QEMU that has a VM's disks; `None` where there is none, or none that can be told.
+async fn process(source: &Survey) -> Result<Option<String>> {
+    const TELL: &str = r#"p=$(cat "/run/libvirt/qemu/$0.pid") && t=$(sed "s/.*) //" "/proc/$p/stat" | cut -d " " -f 20) &&
+        [ "$t" ] && echo "$p started at $t in $(cat /proc/sys/kernel/random/boot_id)""#;
+    if source.domain.state.is_off() {
+        return Ok(None);
     }
+    let words = ["sh", "-c", TELL, source.name()];
+    let said = source.on.host().tool(&words, b"").await?;
+    let process = String::from_utf8_lossy(&said.stdout).trim().to_owned();
+    Ok(Some(process).filter(|_| said.status.success()))
 }
 
 /// Which disks libvirt can keep note of: those with qcow2 images.
@@ -60,26 +77,33 @@ pub(super) fn can_be_tracked(source: &Survey) -> Vec<bool> {
     disks.map(|disk| disk.images[0].format == "qcow2").collect()
 }
 
-/// Which disks a checkpoint has note of, by their targets; none, where there is no such checkpoint.
+/// Which disks a checkpoint has note of, by their targets; or why it is not believed.
 ///
 /// # Errors
 /// When the host cannot be asked.
-pub(super) async fn tracked_since(source: &Survey, was: &Version) -> Result<Vec<String>> {
+pub(super) async fn tracked_since(
+    source: &Survey,
+    versions: &Versions,
+    was: &Version,
+) -> Result<Result<Vec<String>, &'static str>> {
     let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
+    if was.process.is_none() || was.process != versions.becomes.process {
+        return Ok(Err("the VM was started anew"));
+    }
     if !names(on, &uuid).await?.contains(&was.name) {
-        return Ok(Vec::new());
+        return Ok(Err("its checkpoint is gone"));
     }
     let text = on.virsh(&["checkpoint-dumpxml", &uuid, &was.name]).await?;
     let Ok(document) = roxmltree::Document::parse(&text) else {
-        return Ok(Vec::new());
+        return Ok(Err("its checkpoint cannot be read"));
     };
     let root = document.root_element();
     let disks = root.children().filter(|node| node.has_tag_name("disks"));
     let disks = disks.flat_map(|node| node.children());
     let tracked = disks.filter(|disk| disk.attribute("checkpoint") == Some("bitmap"));
-    Ok(tracked
+    Ok(Ok(tracked
         .filter_map(|disk| disk.attribute("name").map(str::to_owned))
-        .collect())
+        .collect()))
 }
 
 /// Deletes the checkpoints for a destination, but for one. Those of others are left alone.

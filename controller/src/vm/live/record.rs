@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::changes;
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::{Guard, Held, Place};
+use crate::host::{FREEZE_STATUS, Guard, Held, Place};
 use crate::libvirt::{DomainState, Hypervisor};
 use crate::vm::state::{self, Kind};
 use crate::vm::survey::Survey;
@@ -183,8 +183,7 @@ pub(in crate::vm) async fn let_go(
 
 /// Thaws the guest's file systems, if its agent says that they are frozen.
 async fn thaw(on: &Hypervisor, uuid: &str) -> Result<()> {
-    let ask = r#"{"execute":"guest-fsfreeze-status"}"#;
-    let words = ["qemu-agent-command", "--timeout", "5", uuid, ask];
+    let words = ["qemu-agent-command", "--timeout", "5", uuid, FREEZE_STATUS];
     // No agent, no freeze.
     let answer = on.virsh(&words).await.unwrap_or_default();
     if answer.contains("frozen") {

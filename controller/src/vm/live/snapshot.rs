@@ -91,36 +91,19 @@ impl Snapshot<'_> {
             None => vec![false; self.source.disks.len()],
         };
         let nothing = vec![None; can.len()];
-        if let Some(was) = versions.and_then(|versions| versions.was.as_ref()) {
-            let tracked = changes::tracked_since(self.source, was).await?;
-            let disks = self.source.disks.iter().zip(&can);
-            let since = disks
-                .map(|(disk, can)| (*can && tracked.contains(&disk.target)).then_some(was.name()));
-            let since: Vec<_> = since.collect();
-            for (disk, (can, since)) in self.source.disks.iter().zip(can.iter().zip(&since)) {
-                if *can && since.is_none() {
-                    let target = &disk.target;
-                    warnings.push(format!(
-                        "disk {target} has no checkpoint of the last sync, and is read from end to end"
-                    ));
+        if let Some(versions) = versions
+            && let Some(since) = self.since(versions, &can, warnings).await?
+        {
+            let wanted = Wanted {
+                since,
+                is_tracked: can.clone(),
+            };
+            match self.ask(&wanted).await {
+                Err(error) if error.code() == ErrorCode::Refused => {
+                    warnings.push(unknown(&error.one_line()));
+                    changes::prune(self.source, &versions.becomes).await?;
                 }
-            }
-            if since.iter().any(Option::is_some) {
-                let wanted = Wanted {
-                    since,
-                    is_tracked: can.clone(),
-                };
-                match self.ask(&wanted).await {
-                    Err(error) if error.code() == ErrorCode::Refused => {
-                        let why = error.one_line();
-                        warnings.push(format!(
-                            "what was written since the last sync is not known, and all is read: {why}"
-                        ));
-                        changes::prune(self.source, &versions.expect("there is one").becomes)
-                            .await?;
-                    }
-                    done => return done,
-                }
+                done => return done,
             }
         }
         if can.contains(&true) {
@@ -141,6 +124,38 @@ impl Snapshot<'_> {
         let is_tracked = vec![false; can.len()];
         let since = nothing;
         self.ask(&Wanted { since, is_tracked }).await
+    }
+
+    /// The checkpoint since which the changes of each disk are known; `None` where none is.
+    async fn since<'v>(
+        &self,
+        versions: &'v Versions,
+        can: &[bool],
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Vec<Option<&'v str>>>> {
+        let Some(was) = versions.was.as_ref().filter(|_| can.contains(&true)) else {
+            return Ok(None);
+        };
+        let tracked = match changes::tracked_since(self.source, versions, was).await? {
+            Ok(tracked) => tracked,
+            Err(why) => {
+                warnings.push(unknown(why));
+                return Ok(None);
+            }
+        };
+        let disks = self.source.disks.iter().zip(can).filter(|(_, can)| **can);
+        for (disk, _) in disks.filter(|(disk, _)| !tracked.contains(&disk.target)) {
+            let target = &disk.target;
+            warnings.push(format!(
+                "disk {target} is new since the last sync, and all of it is read"
+            ));
+        }
+        let each = self.source.disks.iter().zip(can);
+        let since = each.map(|(disk, can)| {
+            let is_tracked = *can && tracked.contains(&disk.target);
+            is_tracked.then_some(was.name())
+        });
+        Ok(Some(since.collect()))
     }
 
     /// Begins the job in one way.
@@ -195,6 +210,10 @@ impl Snapshot<'_> {
         };
         Ok((guard, shows))
     }
+}
+
+fn unknown(why: &str) -> String {
+    format!("what was written since the last sync is not known, and all is read: {why}")
 }
 
 /// Where what the guest overwrites of a disk goes meanwhile: beside its image.

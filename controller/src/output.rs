@@ -11,6 +11,7 @@ use crate::cli::options::OutputFormat;
 use crate::error::{Error, ErrorCode, Result};
 use crate::transfer::TransferResult;
 use crate::vm::VmResult;
+use crate::vm::result::Scan;
 
 /// Writes to standard output. A closed pipe ends the output and nothing else.
 ///
@@ -181,9 +182,13 @@ pub fn vm_text(result: &VmResult) -> String {
         let figure = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), iec);
         let transfer = &disk.transfer;
         text += &format!(
-            "  {:12}  {}: {} of {} data{}, {} on the wire{}\n",
+            "  {:12}  {}{}: {} of {} data{}, {} on the wire{}\n",
             disk.target,
             transfer.method,
+            match disk.scan {
+                Some(Scan::Changes) => ", only what was written since",
+                Some(Scan::Full) | None => "",
+            },
             figure(transfer.bytes_changed),
             figure(transfer.bytes_data),
             if result.operation == "verify" {
@@ -196,6 +201,9 @@ pub fn vm_text(result: &VmResult) -> String {
                 .split_once(" by ")
                 .map_or(String::new(), |(_, by)| format!(", by {by}")),
         );
+    }
+    if let Some(consistency) = result.consistency {
+        text += &format!("  {:12}  {consistency}\n", "consistency");
     }
     for checkpoint in &result.checkpoints {
         text += &format!("  {:12}  {}\n", "checkpoint", printable(checkpoint));

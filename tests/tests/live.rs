@@ -45,7 +45,7 @@ impl<'a> Pair<'a> {
 
     fn clone(&self, options: &[&str]) -> u64 {
         self.run("clone", options).expect_code(0);
-        self.instant().unwrap()
+        self.instant().unwrap_or_else(|wrong| panic!("{wrong}"))
     }
 
     /// A sync, and how many records its copy has.
@@ -63,7 +63,7 @@ impl<'a> Pair<'a> {
     fn instant(&self) -> Result<u64, String> {
         let copy = |target: &str, format: &str| {
             let file = self.vm.file(target);
-            let stem = file.rsplit_once('.').unwrap().0;
+            let (stem, _) = file.rsplit_once('.').expect("its format is its end");
             records(&self.site.b.image(&format!("{stem}.{format}")), format)
         };
         let (a, b) = (copy("vdb", self.formats[0])?, copy("vdc", self.formats[1])?);
@@ -87,9 +87,8 @@ impl<'a> Pair<'a> {
 
 /// How each disk of a result was read.
 fn scans(result: &serde_json::Value) -> Vec<String> {
-    let disks = result["disks"].as_array().unwrap();
+    let disks = result["disks"].as_array().into_iter().flatten();
     disks
-        .iter()
         .map(|disk| disk["scan"].as_str().unwrap_or("none").to_owned())
         .collect()
 }
@@ -210,136 +209,103 @@ fn of_a_large_disk_only_what_was_written_is_read_and_shipped() {
     pair.assert_untouched();
 }
 
+/// What may happen to a VM between two syncs.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    Nothing,
+    GuestReset,
+    LibvirtdStartedAnew,
+    CheckpointDeleted,
+    DiskResized,
+    VmStartedAnew,
+    BitmapRemoved,
+    BitmapEmptied,
+    QemuKilled,
+    InternalSnapshot,
+    ExternalSnapshot,
+}
+
+/// Each with how the second disk must be read then.
+const EVENTS: [(Event, &str); 11] = [
+    (Event::Nothing, "changes"),
+    (Event::GuestReset, "changes"),
+    (Event::LibvirtdStartedAnew, "changes"),
+    (Event::CheckpointDeleted, "full"),
+    (Event::DiskResized, "changes"),
+    (Event::VmStartedAnew, "full"),
+    (Event::BitmapRemoved, "full"),
+    (Event::BitmapEmptied, "full"),
+    (Event::QemuKilled, "full"),
+    (Event::InternalSnapshot, "changes"),
+    (Event::ExternalSnapshot, "full"),
+];
+
+impl Event {
+    fn happen(self, on: &Hypervisor) {
+        let checkpoint = || checkpoints(on).pop().expect("one was kept");
+        let off_and_on = |meanwhile: &[&str]| {
+            on.virsh(&["destroy", "busy"]);
+            if !meanwhile.is_empty() {
+                let image = "/var/lib/libvirt/images/busy-vdb.qcow2";
+                let words = ["qemu-img", "bitmap"];
+                on.run(&[&words[..], meanwhile, &[image, &checkpoint()]].concat());
+            }
+            on.start_writing("busy");
+        };
+        match self {
+            Self::Nothing => {}
+            Self::GuestReset => drop(on.virsh(&["reset", "busy"])),
+            Self::LibvirtdStartedAnew => on.restart_libvirtd(),
+            Self::CheckpointDeleted => {
+                on.virsh(&["checkpoint-delete", "busy", &checkpoint()]);
+            }
+            Self::DiskResized => drop(on.virsh(&["blockresize", "busy", "vdb", "80M"])),
+            Self::VmStartedAnew => off_and_on(&[]),
+            Self::BitmapRemoved => off_and_on(&["--remove"]),
+            Self::BitmapEmptied => off_and_on(&["--clear"]),
+            Self::QemuKilled => {
+                on.run(&["pkill", "-KILL", "-f", "guest=busy"]);
+                wait_for("its end", PATIENCE, || {
+                    (on.virsh(&["domstate", "busy"]).trim() == "shut off").then_some(())
+                });
+                on.start_writing("busy");
+            }
+            Self::InternalSnapshot => drop(on.virsh(&["snapshot-create-as", "busy", "inside"])),
+            Self::ExternalSnapshot => {
+                let options = ["outside", "--disk-only", "--atomic", "--diskspec"];
+                let others = ["vda,snapshot=no", "--diskspec", "vdc,snapshot=no"];
+                on.virsh(&[&["snapshot-create-as", "busy"], &options[..], &others].concat());
+            }
+        }
+    }
+}
+
 #[test]
 fn whatever_happens_to_the_vm_the_next_copy_is_right_and_says_how_it_was_read() {
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "qcow2", "qcow2"]);
-    let a = &site.a;
     pair.clone(&[]);
-    let image = "/var/lib/libvirt/images/busy-vdb.qcow2";
-    let off_and_on = |meanwhile: &[&str]| {
-        a.virsh(&["destroy", "busy"]);
-        if !meanwhile.is_empty() {
-            a.run(&[&["qemu-img"], meanwhile].concat());
-        }
-        a.start_writing("busy");
-    };
-    let name = || checkpoints(a).pop().expect("one was kept");
-    let snapshot = |options: &[&str]| {
-        let words = ["snapshot-create-as", "busy"];
-        a.exec(&[&["virsh", "-q"], &words[..], options].concat())
-    };
-    let events: [(&str, &str, Box<dyn Fn() + '_>); 11] = [
-        ("nothing", "changes", Box::new(|| {})),
-        (
-            "the guest is reset",
-            "changes",
-            Box::new(|| {
-                a.virsh(&["reset", "busy"]);
-            }),
-        ),
-        (
-            "libvirtd is started anew",
-            "changes",
-            Box::new(|| a.restart_libvirtd()),
-        ),
-        (
-            "the checkpoint is deleted",
-            "full",
-            Box::new(|| {
-                a.virsh(&["checkpoint-delete", "busy", &name()]);
-            }),
-        ),
-        (
-            "the disk is resized",
-            "changes",
-            Box::new(|| {
-                a.virsh(&["blockresize", "busy", "vdb", "80M"]);
-            }),
-        ),
-        (
-            "the VM is started anew",
-            "full",
-            Box::new(|| off_and_on(&[])),
-        ),
-        (
-            "the bitmap is removed",
-            "full",
-            Box::new(|| {
-                off_and_on(&["bitmap", "--remove", image, &name()]);
-            }),
-        ),
-        (
-            "the bitmap is emptied",
-            "full",
-            Box::new(|| {
-                off_and_on(&["bitmap", "--clear", image, &name()]);
-            }),
-        ),
-        (
-            "QEMU is killed",
-            "full",
-            Box::new(|| {
-                a.run(&["pkill", "-KILL", "-f", "guest=busy"]);
-                wait_for("its end", PATIENCE, || {
-                    (a.virsh(&["domstate", "busy"]).trim() == "shut off").then_some(())
-                });
-                a.start_writing("busy");
-            }),
-        ),
-        (
-            "an internal snapshot is taken",
-            "changes",
-            Box::new(|| {
-                let taken = snapshot(&["inside"]);
-                println!(
-                    "an internal snapshot: {}",
-                    String::from_utf8_lossy(&taken.stderr)
-                );
-            }),
-        ),
-        (
-            "an external snapshot is taken",
-            "full",
-            Box::new(|| {
-                let others = ["vda", "vdc"].map(|disk| format!("{disk},snapshot=no"));
-                let taken = snapshot(&[
-                    "outside",
-                    "--disk-only",
-                    "--atomic",
-                    "--diskspec",
-                    &others[0],
-                    "--diskspec",
-                    &others[1],
-                ]);
-                assert!(
-                    taken.status.success(),
-                    "{}",
-                    String::from_utf8_lossy(&taken.stderr)
-                );
-            }),
-        ),
-    ];
-    for (what, scan, event) in events {
-        event();
+    for (event, scan) in EVENTS {
+        event.happen(&site.a);
         let (result, records) = pair.sync();
+        let warnings = &result["warnings"];
         println!(
-            "{what}: {:?} {}, {records} records",
-            scans(&result),
-            result["warnings"]
+            "{event:?}: {:?} {warnings}, {records} records",
+            scans(&result)
         );
-        assert_eq!(scans(&result)[1], scan, "{what}: {result}");
-        let warned = result["warnings"].as_array().map(Vec::len) != Some(0);
-        assert_eq!(warned, scan == "full", "{what}: {result}");
+        assert_eq!(scans(&result)[1], scan, "{event:?}: {result}");
+        let warned = warnings.as_array().map(Vec::len) != Some(0);
+        assert_eq!(warned, scan == "full", "{event:?}: {result}");
         let (result, _) = pair.sync();
-        assert_eq!(scans(&result)[1], "changes", "after it, {what}: {result}");
+        assert_eq!(scans(&result)[1], "changes", "after {event:?}: {result}");
     }
     // Of one that does not go on the copy is equal, to the byte.
-    a.virsh(&["suspend", "busy"]);
+    site.a.virsh(&["suspend", "busy"]);
     let (result, _) = pair.sync();
     assert_eq!(result["consistency"], "crash", "{result}");
-    pair.run("verify", &[]).expect_code(0);
-    a.virsh(&["resume", "busy"]);
+    let verify = pair.run("verify", &[]);
+    assert_eq!(verify.json()["blocks_changed"], 0, "{verify}");
+    site.a.virsh(&["resume", "busy"]);
     pair.assert_untouched();
 }
 
@@ -348,11 +314,12 @@ fn a_run_that_is_killed_leaves_a_guest_that_writes_and_nothing_else() {
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "raw", "qcow2"]);
     pair.clone(&[]);
-    let took = pair.run("sync", &[]).elapsed;
+    let took = pair.run("sync", &[]).elapsed + Duration::from_secs(2);
     let kills = count("KVM_CLONE_LIVE_KILLS", 4);
     for kill in 0..kills {
-        let words = ["sync", "hvA", "hvB", "busy", "--read-limit", "20M"];
-        let running = site.controller.start(words);
+        let slowly = ["--method", "blocksync", "--read-limit", "20M"];
+        let words = ["sync", "hvA", "hvB", "busy"];
+        let running = site.controller.start(words.iter().chain(&slowly));
         let moment = took.mul_f64((kill as f64 + 0.5) / kills as f64 * 1.2);
         std::thread::sleep(moment);
         let victims = [
@@ -411,4 +378,113 @@ fn a_clone_of_a_uefi_vm_that_runs_boots_and_goes_on_where_it_was() {
     site.b.virsh(&["destroy", "busy"]);
     assert!(pair.instant().unwrap() > records);
     pair.assert_untouched();
+}
+
+#[test]
+fn where_space_runs_out_the_copy_fails_and_the_guest_goes_on() {
+    let Some(site) = Site::start() else { return };
+    let pair = Pair::start(&site, ["qcow2", "raw", "qcow2"]);
+    pair.clone(&[]);
+    let slowly = ["--method", "blocksync", "--full-scan", "--read-limit", "1M"];
+    let sync = || {
+        let words = ["sync", "hvA", "hvB", "busy"];
+        site.controller.start(words.iter().chain(&slowly))
+    };
+    let running = sync();
+    wait_for("a backup job", PATIENCE, || {
+        let words = ["virsh", "-q", "backup-dumpxml", "busy"];
+        site.a.exec(&words).status.success().then_some(())
+    });
+    // Another guest fills the file system: 512 MiB are to be left.
+    let filler = site.a.image("filler");
+    let free = "df --output=avail -B1 /var/lib/libvirt/images | tail -n 1";
+    let free: u64 = site.a.run(&["sh", "-c", free]).trim().parse().unwrap();
+    let file = std::fs::File::create(&filler).unwrap();
+    let len = i64::try_from(free - 400 * MIB).unwrap();
+    nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, len).unwrap();
+    running.wait().expect_failure(8, &["no_space"], "busy");
+    pair.assert_untouched();
+    // So it is refused at once.
+    sync().wait().expect_failure(8, &["no_space"], "512");
+    std::fs::remove_file(&filler).unwrap();
+    // Of a run that failed nothing is built upon, and nothing is in the way of the next.
+    pair.sync();
+    assert_eq!(checkpoints(&site.a).len(), 1);
+    pair.assert_untouched();
+}
+
+#[test]
+fn a_guest_without_its_agent_is_copied_as_after_a_power_cut_or_not_at_all() {
+    let Some(site) = Site::start() else { return };
+    let pair = Pair::start(&site, ["raw", "qcow2", "raw"]);
+    pair.clone(&["--quiesce", "require"]);
+    let end = r#"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","sleep 1; kill -9 $(pidof qemu-ga)"]}}"#;
+    site.a.virsh(&["qemu-agent-command", "busy", end]);
+    wait_for("the end of the agent", PATIENCE, || {
+        let ping = r#"{"execute":"guest-ping"}"#;
+        let words = [
+            "virsh",
+            "-q",
+            "qemu-agent-command",
+            "--timeout",
+            "1",
+            "busy",
+            ping,
+        ];
+        (!site.a.exec(&words).status.success()).then_some(())
+    });
+    let run = pair.run("sync", &["--quiesce", "require"]);
+    run.expect_failure(8, &["missing_requirement"], "freeze");
+    let (result, _) = pair.sync();
+    assert_eq!(result["consistency"], "crash", "{result}");
+    // What another tool has done is left to it.
+    site.a
+        .virsh(&["checkpoint-create-as", "busy", "other", "--diskspec", "vdb"]);
+    pair.sync();
+    assert!(checkpoints(&site.a).contains(&"other".to_owned()));
+    pair.assert_untouched();
+}
+
+/// For how long a VM was suspended by something that is done, in milliseconds, by libvirt's clock.
+fn suspended(on: &Hypervisor, done: impl FnOnce()) -> Vec<f64> {
+    let log = "/var/log/libvirt/events";
+    let watch = format!(
+        "virsh qemu-monitor-event busy --loop --timeout 120 --regex --event '^(STOP|RESUME)$' >{log} 2>&1 & echo $! >{log}.pid; sleep 1"
+    );
+    on.run(&["sh", "-c", &watch]);
+    done();
+    let read = format!("kill -INT $(cat {log}.pid); sleep 1; cat {log}");
+    let said = on.run(&["sh", "-c", &read]);
+    let times: Vec<f64> = said
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("event ")?
+                .split_once("at ")?
+                .1
+                .split(' ')
+                .next()?
+                .parse()
+                .ok()
+        })
+        .collect();
+    assert!(times.len().is_multiple_of(2), "{said}");
+    times
+        .chunks(2)
+        .map(|pair| (pair[1] - pair[0]) * 1000.0)
+        .collect()
+}
+
+#[test]
+fn a_vm_is_suspended_for_as_short_as_its_file_system_lets_it() {
+    let Some(site) = Site::start() else { return };
+    let pair = Pair::start(&site, ["raw", "raw", "raw"]);
+    let clone = |name: &str| {
+        let options = ["--live", "pause", "--new-name", name];
+        let run = pair.run("clone", &options);
+        assert_eq!(run.expect_json()["consistency"], "crash", "{run}");
+    };
+    let on_xfs = suspended(&site.a, || clone("first"));
+    site.a.virsh(&["destroy", "busy"]);
+    println!("suspended on XFS: {on_xfs:?} ms");
+    assert_eq!(on_xfs.len(), 1);
 }

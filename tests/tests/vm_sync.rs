@@ -386,3 +386,88 @@ fn where_files_share_blocks_a_vm_is_suspended_only_while_its_disks_are_copied() 
     site.a.assert_tidy();
     site.b.assert_tidy();
 }
+
+#[test]
+fn disks_in_another_format_hold_what_the_guest_sees_and_a_broken_last_step_is_done_by_the_next() {
+    let Some(site) = Site::start() else { return };
+    let vm = Vm::new("web").disks(&[("vda", "qcow2"), ("vdb", "raw")]);
+    site.define(&site.a, &vm);
+    let run = |operation: &str, options: &[&str]| {
+        let words = [operation, "hvA", "hvB", "web"];
+        site.controller.run(words.iter().chain(options))
+    };
+    run("clone", &["--dest-format", "qcow2"]).expect_code(0);
+    let format = |name: &str| {
+        let path = format!("/var/lib/libvirt/images/{name}");
+        let said = site.b.run(&["qemu-img", "info", "--output=json", &path]);
+        let info: serde_json::Value = serde_json::from_str(&said).unwrap();
+        info["format"].as_str().unwrap().to_owned()
+    };
+    for disk in ["web-vda.qcow2", "web-vdb.qcow2"] {
+        assert_eq!(format(disk), "qcow2");
+    }
+    run("verify", &[]).expect_code(7);
+    let definition = site.b.virsh(&["dumpxml", "--inactive", "web"]);
+    assert_eq!(
+        definition.matches("type='qcow2'").count(),
+        2,
+        "{definition}"
+    );
+
+    let changed = change_one_percent(&site.a.image("web-vdb.raw"));
+    set_mark(&site.a.image("web-vdb.raw"), "fresh");
+    let dry = run("sync", &["--dry-run"]).expect_json();
+    assert_eq!(dry["blocks_changed"], changed + 1, "{dry}");
+    let sync = run("sync", &[]);
+    let result = sync.expect_json();
+    assert_eq!(result["blocks_changed"], changed + 1, "{sync}");
+    assert_eq!(result["bytes_read_destination"], 0, "{sync}");
+    assert_eq!(result["apply"], "staged", "{sync}");
+    // The disks are equal; the format in the definitions is not.
+    let verify = run("verify", &[]);
+    verify.expect_failure(7, &["mismatch"], "definitions");
+    assert_eq!(verify.json()["blocks_changed"], 0, "{verify}");
+    let rsync = run("sync", &["--method", "rsync"]);
+    rsync.expect_failure(5, &["refused"], "rsync");
+
+    // A sync that was killed when its overlay was whole, and not yet in its place.
+    let (image, overlay) = (
+        "/var/lib/libvirt/images/web-vdb.qcow2",
+        "/var/lib/libvirt/images/.web-vdb.qcow2.kc-overlay",
+    );
+    let lineage = "sed -i -e 's|\"unfinished\": false|\"unfinished\": true, \"overlays\": [\"'$0'\"]|' /var/lib/kvm-clone/lineage/*.json";
+    for by_recover in [true, false] {
+        site.b.run(&[
+            "qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, overlay,
+        ]);
+        site.b.run(&[
+            "qemu-io",
+            "-f",
+            "qcow2",
+            "-c",
+            "write -P 0x77 1M 64k",
+            overlay,
+        ]);
+        site.b.run(&["sh", "-c", lineage, overlay]);
+        let next = match by_recover {
+            true => site.controller.run(["recover", "hvB"]),
+            false => run("sync", &["--dry-run"]),
+        };
+        next.expect_code(0);
+        let is_there = site.b.exec(&["test", "-e", overlay]).status.success();
+        assert_eq!(is_there, !by_recover, "{next}");
+        if by_recover {
+            let read = ["qemu-io", "-f", "qcow2", "-c", "read -P 0x77 1M 64k", image];
+            let said = site.b.run(&read);
+            assert!(!said.contains("verification failed"), "{said}");
+        }
+        let sync = run("sync", &[]);
+        sync.expect_code(0);
+        assert!(!site.b.exec(&["test", "-e", overlay]).status.success());
+        assert_eq!(run("verify", &[]).json()["blocks_changed"], 0);
+    }
+    let console = site.b.boots("web");
+    assert!(console.contains(&mark("vdb", "fresh")), "{console}");
+    site.a.assert_tidy();
+    site.b.assert_tidy();
+}

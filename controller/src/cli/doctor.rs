@@ -8,8 +8,10 @@ use crate::agent_binary;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{DEFAULT_INSTALL_PATH, Facts, Host};
+use crate::libvirt::Hypervisor;
 use crate::output;
 use crate::transfer::{Abilities, Choice, direct};
+use crate::vm;
 
 /// Below this much free space there is hardly room for a disk.
 const LITTLE_SPACE: u64 = 1 << 30;
@@ -96,7 +98,13 @@ pub(super) async fn run(app: &App, specs: Vec<HostSpec>) -> Result<()> {
         let libvirt = libvirt.clone();
         async move {
             Ok(match host.facts(&libvirt).await {
-                Ok(facts) => (reached(&host, &facts, &libvirt), Some(facts)),
+                Ok(facts) => {
+                    let mut checks = reached(&host, &facts, &libvirt);
+                    if facts.libvirt.0 {
+                        checks.push(snapshot(&Hypervisor::new(host, libvirt)).await);
+                    }
+                    (checks, Some(facts))
+                }
                 Err(error) => (unreached(&error), None),
             })
         }
@@ -287,6 +295,27 @@ fn virsh(facts: &Facts, libvirt: &str) -> Check {
             format!("{path} does not reach {libvirt}: {said}"),
             "single disks do not need it; for VMs start libvirtd, or add the user to the group libvirt",
         ),
+    }
+}
+
+/// Whether a VM that runs can be copied as it is at one instant.
+async fn snapshot(on: &Hypervisor) -> Check {
+    const NAME: &str = "snapshot of a running VM";
+    let probe = match vm::probe(on).await {
+        Ok(Some(probe)) => probe,
+        Ok(None) => return Check::ok(NAME, "not tried: there is no directory for images"),
+        Err(error) => {
+            let hint = error.hint_text().unwrap_or("see the message");
+            return Check::warning(NAME, error.one_line(), hint);
+        }
+    };
+    let under = match &probe.confined_by[..] {
+        [] => "nothing confines QEMU".to_owned(),
+        models => format!("under {}", models.join(" and ")),
+    };
+    match &probe.denied {
+        None => Check::ok(NAME, format!("works, {under}")),
+        Some(why) => Check::warning(NAME, format!("does not work, {under}: {why}"), probe.hint()),
     }
 }
 

@@ -57,6 +57,9 @@ impl Space {
     }
 }
 
+/// Ends the name of a file that is being written by [`Host::write_file`].
+pub const UNFINISHED: &str = ".new";
+
 impl Host {
     /// What is under `path`; `None` when nothing is.
     ///
@@ -132,10 +135,9 @@ impl Host {
     /// # Errors
     /// When the host cannot be reached, or the file cannot be written.
     pub async fn write_file(&self, path: &str, contents: &[u8]) -> Result<()> {
-        let temporary = format!("{path}.new");
+        let temporary = format!("{path}{UNFINISHED}");
         let target = format!("of={temporary}");
-        self.tool_output(&["install", "-m", "0600", "/dev/null", &temporary], b"")
-            .await?;
+        self.make_file(&temporary).await?;
         self.tool_output(
             &["dd", &target, "bs=1M", "conv=fsync", "status=none"],
             contents,
@@ -148,6 +150,15 @@ impl Host {
             .map_or("/", |(directory, _)| directory);
         self.tool_output(&["sync", "--", directory], b"").await?;
         Ok(())
+    }
+
+    /// Makes an empty file, for its owner's eyes only, in place of what was there.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or the file cannot be made.
+    pub async fn make_file(&self, path: &str) -> Result<()> {
+        let words = ["install", "-m", "0600", "/dev/null", path];
+        self.tool_output(&words, b"").await.map(drop)
     }
 
     /// Makes a directory with those above it, for its owner's eyes only, unless it is there.

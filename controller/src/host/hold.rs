@@ -135,6 +135,41 @@ impl Host {
         Err(Error::new(code, format!("{self} {what}")).caused_by(complaint))
     }
 
+    /// What tells the process of QEMU that a VM of this name is from every other one; `None` where it
+    /// cannot be told.
+    ///
+    /// # Errors
+    /// When the host cannot be reached.
+    pub async fn process_of(&self, name: &str) -> Result<Option<String>> {
+        let output = self
+            .tool(&["sh", "-c", &script::process(), name], b"")
+            .await?;
+        let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        Ok(Some(said).filter(|_| output.status.success()))
+    }
+
+    /// Tries a backup job with a VM that is made for it, by its XML and that of the job, and taken away.
+    /// Its disk is made at a path, and taken away as well.
+    ///
+    /// # Errors
+    /// Io, with what libvirt or QEMU complained about.
+    pub async fn try_backup(
+        &self,
+        vm: Held<'_>,
+        place: &Place<'_>,
+        [definition, job, image]: [&str; 3],
+    ) -> Result<()> {
+        let (text, floor) = (script::try_backup(), place.floor());
+        let mut words = place.words(&text, vm, &floor);
+        words.extend([definition, job, image]);
+        words.extend(place.scratch.iter().map(String::as_str));
+        let output = self.tool(&words, b"").await?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(self.not_begun(output.stderr.trim()))
+    }
+
     /// Ends a backup job whose guard is gone, if it is still there, and removes what it needed.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ pub use dial::Reach;
 pub use errand::Errand;
 pub use export::{Export, export_socket};
 pub use facts::Facts;
-pub use files::{FileFacts, FileKind, Space};
+pub use files::{FileFacts, FileKind, Space, UNFINISHED};
 pub use guard::Guard;
 pub use hold::{Backup, FREEZE_STATUS, Held, Place};
 pub use install::DEFAULT_INSTALL_PATH;

@@ -312,7 +312,7 @@ impl Making<'_> {
         let (reading, versions) = (self.fit.reading, &self.fit.versions);
         let warnings = &mut result.warnings;
         let hold = Hold::begin(self.survey, reading, Some(versions), warnings).await?;
-        result.consistency = hold.as_ref().and_then(Hold::consistency);
+        result.consistency = live::consistency(reading, hold.as_ref());
         let copied = self.copy(hold.as_ref(), result).await;
         if let Some(hold) = &hold {
             hold.name_results(&mut result.disks, &mut result.warnings);

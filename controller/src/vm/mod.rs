@@ -31,5 +31,5 @@ pub mod sync;
 mod transfers;
 pub mod verify;
 
-pub use live::{LiveChoice, Quiesce};
+pub use live::{LiveChoice, Probe, Quiesce, probe};
 pub use result::VmResult;

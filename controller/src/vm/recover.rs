@@ -49,6 +49,9 @@ pub struct Left {
 pub async fn recover(on: &Hypervisor, recovery: Recovery) -> Result<Vec<Left>> {
     let mut all = Vec::new();
     for kind in [Kind::Held, Kind::Clones, Kind::Lineage] {
+        if recovery != Recovery::List {
+            state::sweep(on, kind).await?;
+        }
         for name in state::names(on, kind).await? {
             let left = see_to(on, kind, &name, recovery).await;
             all.extend(left.unwrap_or_else(|error| Some(stuck(kind, &name, &error))));

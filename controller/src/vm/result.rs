@@ -84,6 +84,16 @@ pub enum Consistency {
     Torn,
 }
 
+impl std::fmt::Display for Consistency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Application => "as the guest's file systems stood still",
+            Self::Crash => "as after a power cut",
+            Self::Torn => "torn: of several instants",
+        })
+    }
+}
+
 /// How much of a disk of a VM that runs was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]

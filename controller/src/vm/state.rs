@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::Guard;
+use crate::host::{Guard, UNFINISHED};
 use crate::libvirt::Hypervisor;
 
 /// Below it is everything; root owns it.
@@ -47,13 +47,36 @@ impl Kind {
 /// # Errors
 /// When the host cannot be reached.
 pub(super) async fn names(on: &Hypervisor, kind: Kind) -> Result<Vec<String>> {
+    let files = files(on, kind).await?;
+    let named = files.iter().filter_map(|file| file.strip_suffix(SUFFIX));
+    Ok(named.filter_map(name_of).collect())
+}
+
+/// Removes what a run has left that broke off while it wrote something to be remembered.
+///
+/// # Errors
+/// When the host cannot be reached, or a file cannot be removed.
+pub(super) async fn sweep(on: &Hypervisor, kind: Kind) -> Result<()> {
+    for file in files(on, kind).await? {
+        let name = file.strip_suffix(UNFINISHED);
+        let name = name.and_then(|file| name_of(file.strip_suffix(SUFFIX)?));
+        let Some(name) = name else { continue };
+        if let Some(lock) = lock(on, kind, &name).await? {
+            let path = format!("{}{UNFINISHED}", kind.path(&name));
+            on.host().remove(&[path]).await?;
+            lock.end().await?;
+        }
+    }
+    Ok(())
+}
+
+async fn files(on: &Hypervisor, kind: Kind) -> Result<Vec<String>> {
     let files = match on.host().names_in(&kind.directory()).await {
         Ok(files) => files.unwrap_or_default(),
         Err(error) if error.one_line().contains("Permission denied") => Vec::new(),
         Err(error) => return Err(error),
     };
-    let named = files.iter().filter_map(|file| file.strip_suffix(SUFFIX));
-    Ok(named.filter_map(name_of).collect())
+    Ok(files)
 }
 
 /// Keeps other runs away from what is remembered under a name, until what is given back ends or

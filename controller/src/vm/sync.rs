@@ -96,8 +96,8 @@ async fn sync(
     let hold = Hold::begin(&fit.source, fit.reading, versions, warnings).await?;
     if let Some(hold) = &hold {
         hold.redirect(&mut fit.moves, &mut fit.options);
-        result.consistency = hold.consistency();
     }
+    result.consistency = live::consistency(fit.reading, hold.as_ref());
     let done = if request.dry_run {
         look(context, request, &mut fit, result).await
     } else {

@@ -487,6 +487,8 @@ mod tests {
             live::backup(),
             live::watch(),
             live::end_backup(),
+            live::try_backup(),
+            live::process(),
             nbd::export(),
             nbd::end_export(),
         ];

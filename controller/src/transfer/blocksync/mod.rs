@@ -125,8 +125,10 @@ struct Disks {
 /// Opens both disks, and refuses what cannot end well before anything is changed.
 async fn open(pair: &mut Pair, at: usize, job: &mut Job<'_>) -> Result<Disks> {
     let request = job.request;
-    // A dry run looks at a destination as a run would, and tells of one that is not there.
-    let access = if request.operation == Operation::Sync {
+    // A dry run looks at a destination as a run would, and tells of one that is not there; of an
+    // export it needs no more than to read.
+    let reads = request.dry_run && request.destination.path().is_none();
+    let access = if request.operation == Operation::Sync && !reads {
         Access::Destination
     } else {
         Access::Compare

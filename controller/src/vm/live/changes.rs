@@ -60,15 +60,10 @@ impl Version {
 
 /// The process of QEMU that has a VM's disks; `None` where there is none, or none that can be told.
 async fn process(source: &Survey) -> Result<Option<String>> {
-    const TELL: &str = r#"p=$(cat "/run/libvirt/qemu/$0.pid") && t=$(sed "s/.*) //" "/proc/$p/stat" | cut -d " " -f 20) &&
-        [ "$t" ] && echo "$p started at $t in $(cat /proc/sys/kernel/random/boot_id)""#;
-    if source.domain.state.is_off() {
-        return Ok(None);
+    match source.domain.state.is_off() {
+        true => Ok(None),
+        false => source.on.host().process_of(source.name()).await,
     }
-    let words = ["sh", "-c", TELL, source.name()];
-    let said = source.on.host().tool(&words, b"").await?;
-    let process = String::from_utf8_lossy(&said.stdout).trim().to_owned();
-    Ok(Some(process).filter(|_| said.status.success()))
 }
 
 /// Which disks libvirt can keep note of: those with qcow2 images.

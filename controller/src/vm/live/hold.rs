@@ -53,6 +53,16 @@ pub(super) enum Shows {
     },
 }
 
+/// What the copies are to the guest, if its VM is read so and held, or not.
+pub(in crate::vm) fn consistency(reading: Reading, hold: Option<&Hold>) -> Option<Consistency> {
+    match (reading, hold.map(|hold| &hold.shows)) {
+        (Reading::Still | Reading::Contents, _) => None,
+        (Reading::Torn, _) => Some(Consistency::Torn),
+        (_, Some(Shows::Export { frozen: true, .. })) => Some(Consistency::Application),
+        _ => Some(Consistency::Crash),
+    }
+}
+
 impl Hold {
     /// Begins to hold a VM, if its disks are to be read that way. By `versions` a snapshot is built
     /// upon what the last run has left; what keeps it from that goes to `warnings`.
@@ -68,11 +78,11 @@ impl Hold {
         let (guard, lock, shows) = match reading {
             Reading::Still | Reading::Torn => return Ok(None),
             Reading::Paused if source.domain.state != DomainState::Running => return Ok(None),
-            Reading::Paused => suspend(source).await?,
+            Reading::Paused => Box::pin(suspend(source)).await?,
             Reading::Snapshot(quiesce) => {
-                snapshot::begin(source, quiesce, versions, warnings).await?
+                Box::pin(snapshot::begin(source, quiesce, versions, warnings)).await?
             }
-            Reading::Contents => match export(source).await? {
+            Reading::Contents => match Box::pin(export(source)).await? {
                 None => return Ok(None),
                 Some(exported) => exported,
             },
@@ -124,15 +134,6 @@ impl Hold {
                 let is_shown = disk.is_of_guest && targets.contains(&disk.target);
                 is_shown.then(|| export(&export_socket(directory, &disk.target)))
             }
-        }
-    }
-
-    /// What the copies are to the guest's file systems.
-    pub(in crate::vm) fn consistency(&self) -> Option<Consistency> {
-        match self.shows {
-            Shows::Export { frozen: true, .. } => Some(Consistency::Application),
-            Shows::Disks | Shows::Copies(_) | Shows::Export { .. } => Some(Consistency::Crash),
-            Shows::Images { .. } => None,
         }
     }
 

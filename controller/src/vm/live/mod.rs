@@ -13,12 +13,14 @@ use crate::transfer::LiveRead;
 mod changes;
 mod exhibit;
 mod hold;
+mod probe;
 mod record;
 mod snapshot;
 
 pub(super) use changes::{Version, Versions, prune};
 pub(super) use exhibit::Exhibit;
-pub(super) use hold::Hold;
+pub(super) use hold::{Hold, consistency};
+pub use probe::{Probe, probe};
 pub(super) use record::{HeldVm, let_go, mend};
 
 /// What the user wants to be done about a VM that runs.

@@ -14,11 +14,11 @@ use crate::vm::state::{self, Kind};
 use crate::vm::survey::{Survey, SurveyedDisk};
 
 /// Where QEMU may make a socket, and files for what is overwritten of a block device.
-const QEMU_DIRECTORY: &str = "/var/lib/libvirt/qemu";
+pub(super) const QEMU_DIRECTORY: &str = "/var/lib/libvirt/qemu";
 
 /// What a backup job leaves free on the file systems of its scratch files, where the images of other
 /// guests may lie, in bytes: what a guest on fast storage writes between two looks.
-const MIN_FREE: u64 = 512 << 20;
+pub(super) const MIN_FREE: u64 = 512 << 20;
 
 /// A snapshot that is to be.
 struct Snapshot<'a> {

@@ -85,7 +85,7 @@ enum Source {
         image: Arc<Image>,
         stamp: Stamp,
         /// What the next run may find beside digests.
-        sent: Sent,
+        sent: Box<Sent>,
     },
     Export(Arc<Exported>),
 }
@@ -316,7 +316,7 @@ impl Slot {
             of: Source::Image {
                 image: Arc::clone(image),
                 stamp,
-                sent,
+                sent: Box::new(sent),
             },
         })
     }

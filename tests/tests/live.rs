@@ -405,7 +405,9 @@ fn where_space_runs_out_the_copy_fails_and_the_guest_goes_on() {
     running.wait().expect_failure(8, &["no_space"], "busy");
     pair.assert_untouched();
     // So it is refused at once.
-    sync().wait().expect_failure(8, &["no_space"], "512");
+    sync()
+        .wait()
+        .expect_failure(8, &["no_space"], "524288 are to be left");
     std::fs::remove_file(&filler).unwrap();
     // Of a run that failed nothing is built upon, and nothing is in the way of the next.
     pair.sync();

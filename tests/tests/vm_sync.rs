@@ -430,11 +430,23 @@ fn disks_in_another_format_hold_what_the_guest_sees_and_a_broken_last_step_is_do
     let rsync = run("sync", &["--method", "rsync"]);
     rsync.expect_failure(5, &["refused"], "rsync");
 
+    // What somebody has written to the copy is no longer what digests of it tell.
+    let image = "/var/lib/libvirt/images/web-vdb.qcow2";
+    site.b.run(&[
+        "qemu-io",
+        "-f",
+        "qcow2",
+        "-c",
+        "write -P 0x66 2M 64k",
+        image,
+    ]);
+    run("sync", &[]).expect_failure(5, &["refused"], image);
+    let sync = run("sync", &["--overwrite"]);
+    assert_eq!(sync.expect_json()["blocks_changed"], 1, "{sync}");
+    assert_eq!(run("verify", &[]).json()["blocks_changed"], 0);
+
     // A sync that was killed when its overlay was whole, and not yet in its place.
-    let (image, overlay) = (
-        "/var/lib/libvirt/images/web-vdb.qcow2",
-        "/var/lib/libvirt/images/.web-vdb.qcow2.kc-overlay",
-    );
+    let overlay = "/var/lib/libvirt/images/.web-vdb.qcow2.kc-overlay";
     let lineage = "sed -i -e 's|\"unfinished\": false|\"unfinished\": true, \"overlays\": [\"'$0'\"]|' /var/lib/kvm-clone/lineage/*.json";
     for by_recover in [true, false] {
         site.b.run(&[

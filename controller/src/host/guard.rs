@@ -10,7 +10,7 @@ use tokio::process::{Child, ChildStdin};
 use tokio::task::JoinHandle;
 
 use super::tool::NOT_FOUND;
-use super::{Host, MAX_STDERR, drain, find, script, ssh};
+use super::{Host, MAX_STDERR, SSH_FAILED, drain, find, script, ssh};
 use crate::error::{Error, ErrorCode, Result};
 
 /// How long undoing may take.
@@ -41,10 +41,7 @@ pub(super) struct Task<'a> {
 /// What came of a script that was to stay.
 pub(super) enum Stay {
     Begun(Box<Guard>),
-    Ended {
-        code: Option<i32>,
-        complaint: String,
-    },
+    Ended { code: i32, complaint: String },
 }
 
 impl Host {
@@ -95,8 +92,8 @@ impl Host {
             Stay::Ended { code, complaint } => (code, complaint),
         };
         match code {
-            Some(script::HELD) => Ok(None),
-            Some(NOT_FOUND) => Err(self.lacks("flock").caused_by(complaint)),
+            script::HELD => Ok(None),
+            NOT_FOUND => Err(self.lacks("flock").caused_by(complaint)),
             _ => {
                 let message = format!("cannot lock {path} on {self}");
                 Err(Error::new(ErrorCode::Io, message).caused_by(complaint))
@@ -130,10 +127,12 @@ impl Host {
                 let stderr = drain(stderr, MAX_STDERR).await;
                 let status = process.wait().await;
                 let status = status.map_err(|error| Error::io("waiting for ssh", error))?;
-                return Ok(Stay::Ended {
-                    code: status.code(),
-                    complaint: String::from_utf8_lossy(&stderr).trim().to_owned(),
-                });
+                let complaint = String::from_utf8_lossy(&stderr).trim().to_owned();
+                let Some(code) = status.code().filter(|code| *code != SSH_FAILED) else {
+                    let message = format!("the connection to {self} broke");
+                    return Err(Error::new(ErrorCode::Interrupted, message).caused_by(complaint));
+                };
+                return Ok(Stay::Ended { code, complaint });
             }
         }
         tokio::spawn(drain(stderr, 0));

@@ -3,7 +3,7 @@
 
 use super::guard::{Guard, Stay, Task};
 use super::script::live as script;
-use super::{Host, SSH_FAILED, find};
+use super::{Host, find};
 use crate::error::{Error, ErrorCode, Result};
 
 /// Asks a guest agent whether the guest's file systems are frozen.
@@ -121,16 +121,15 @@ impl Host {
             Stay::Ended { code, complaint } => (code, complaint),
         };
         let (code, what) = match code {
-            Some(script::NO_SPACE) => (
+            script::NO_SPACE => (
                 ErrorCode::NoSpace,
                 "has no room for what its guest overwrites meanwhile",
             ),
-            Some(script::NOT_FROZEN) => (
+            script::NOT_FROZEN => (
                 ErrorCode::MissingRequirement,
                 "does not freeze the guest's file systems",
             ),
-            Some(code) if code != SSH_FAILED => (ErrorCode::Refused, "does not begin a backup job"),
-            _ => return Err(self.not_begun(&complaint)),
+            _ => (ErrorCode::Refused, "does not begin a backup job"),
         };
         Err(Error::new(code, format!("{self} {what}")).caused_by(complaint))
     }

@@ -313,7 +313,7 @@ impl Making<'_> {
         let warnings = &mut result.warnings;
         let hold = Hold::begin(self.survey, reading, Some(versions), warnings).await?;
         result.consistency = live::consistency(reading, hold.as_ref());
-        let copied = self.copy(hold.as_ref(), result).await;
+        let copied = Box::pin(self.copy(hold.as_ref(), result)).await;
         if let Some(hold) = &hold {
             hold.name_results(&mut result.disks, &mut result.warnings);
         }

@@ -113,7 +113,8 @@ async fn verify(
     if let Some(theirs) = &theirs {
         theirs.redirect_destination(&mut moves);
     }
-    let disks = compare(context, request, &moves, options, result).await;
+    let compared = compare(context, request, &moves, options, result);
+    let disks = Box::pin(compared).await;
     let disks = live::let_end(theirs, disks).await;
     let disks = live::let_end(ours, disks).await;
     let alike = differences.is_empty();

@@ -149,7 +149,7 @@ pub(in crate::host) fn try_backup() -> String {
 /// which boot of the host.
 pub(in crate::host) fn process() -> String {
     one_line(
-        r#"read -r p <"/run/libvirt/qemu/$0.pid" && t=$(sed "s/.*) //" "/proc/$p/stat" | cut -d " " -f 20) &&
+        r#"p=$(cat "/run/libvirt/qemu/$0.pid") && t=$(sed "s/.*) //" "/proc/$p/stat" | cut -d " " -f 20) &&
         [ "$t" ] && read -r b </proc/sys/kernel/random/boot_id && echo "$p started at $t in $b""#,
     )
 }

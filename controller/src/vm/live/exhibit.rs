@@ -1,10 +1,10 @@
 //! Images of a VM that is off, exported through `qemu-nbd` on their host.
 
-use super::record::{HeldVm, Means, remember};
+use super::record::{HeldVm, Means, forget_unless_begun, remember};
 use crate::error::Result;
 use crate::host::{Export, Guard};
 use crate::libvirt::Hypervisor;
-use crate::vm::state::{self, Kind};
+use crate::vm::state::Kind;
 
 /// What is to be exported.
 #[derive(Debug)]
@@ -52,8 +52,9 @@ impl Exhibit<'_> {
         match opened {
             Ok(servers) => Ok((servers, lock)),
             Err(error) => {
+                // Those that were made; a server that broke off has none of them open any more.
                 on.host().remove(&self.overlays).await?;
-                state::forget(on, Kind::Held, self.uuid).await?;
+                forget_unless_begun(on, self.uuid, &error).await?;
                 let (vm, host) = (self.vm, on.host());
                 Err(error.context(format!("what {vm} on {host} holds cannot be exported")))
             }

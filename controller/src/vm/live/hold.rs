@@ -6,7 +6,7 @@ use kvm_clone_protocol::message::History;
 
 use super::changes::{self, Versions};
 use super::exhibit::Exhibit;
-use super::record::{HeldVm, Means, remember};
+use super::record::{HeldVm, Means, forget_unless_begun, remember};
 use super::{Reading, snapshot};
 use crate::endpoint::{DiskLocation, NbdUri};
 use crate::error::{Error, ErrorCode, Result};
@@ -15,7 +15,7 @@ use crate::libvirt::DomainState;
 use crate::transfer::{LiveRead, Options};
 use crate::vm::naming;
 use crate::vm::result::{Consistency, DiskResult, Scan};
-use crate::vm::state::{self, Kind};
+use crate::vm::state::Kind;
 use crate::vm::survey::Survey;
 use crate::vm::transfers::Move;
 
@@ -175,12 +175,6 @@ impl Hold {
         } = self;
         let vm = source.name();
         let (full, ended) = guard.end_backup().await;
-        if full {
-            let message =
-                format!("{vm} wrote more than there is room for, and its snapshot was given up");
-            return Err(Error::new(ErrorCode::NoSpace, message)
-                .hint("the VM runs on; make room beside its disks, or sync when it writes less"));
-        }
         if let Shows::Export {
             checkpoint: Some(name),
             ..
@@ -188,6 +182,12 @@ impl Hold {
             && !well
         {
             changes::delete(&source, name).await?;
+        }
+        if full {
+            let message =
+                format!("{vm} wrote more than there is room for, and its snapshot was given up");
+            return Err(Error::new(ErrorCode::NoSpace, message)
+                .hint("the VM runs on; make room beside its disks, or sync when it writes less"));
         }
         let (what, hint) = match shows {
             Shows::Disks => (
@@ -242,7 +242,7 @@ async fn suspend(source: &Survey) -> Result<(Guard, Guard, Shows)> {
     let (guard, copied) = match begun {
         Ok(begun) => begun,
         Err(error) => {
-            state::forget(on, Kind::Held, &uuid).await?;
+            forget_unless_begun(on, &uuid, &error).await?;
             let (vm, host) = (source.name(), on.host());
             return Err(error.context(format!("{vm} on {host} cannot be suspended")));
         }

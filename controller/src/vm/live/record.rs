@@ -105,6 +105,18 @@ fn busy(on: &Hypervisor, held: &HeldVm) -> Error {
     Error::new(ErrorCode::Busy, message).hint("wait until it has ended")
 }
 
+/// Forgets a VM that was to be held and is not: the host has said so. Where the connection broke,
+/// nobody knows.
+///
+/// # Errors
+/// When the host cannot be asked.
+pub(super) async fn forget_unless_begun(on: &Hypervisor, uuid: &str, error: &Error) -> Result<()> {
+    match error.code() {
+        ErrorCode::HostUnreachable | ErrorCode::Interrupted => Ok(()),
+        _ => state::forget(on, Kind::Held, uuid).await,
+    }
+}
+
 /// Looks for what a run that broke off left: a VM that it had held. Such a VM is let go, and the
 /// user is told.
 ///

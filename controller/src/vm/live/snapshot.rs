@@ -6,11 +6,11 @@ use kvm_clone_protocol::message::History;
 use super::Quiesce;
 use super::changes::{self, Versions};
 use super::hold::{Shows, beside};
-use super::record::{HeldVm, Means, remember};
+use super::record::{HeldVm, Means, forget_unless_begun, remember};
 use crate::error::{ErrorCode, Result};
 use crate::host::{Backup, Guard, Held, Place};
 use crate::libvirt::{BackupDisk, backup_job, changes_context, checkpoint};
-use crate::vm::state::{self, Kind};
+use crate::vm::state::Kind;
 use crate::vm::survey::{Survey, SurveyedDisk};
 
 /// Where QEMU may make a socket, and files for what is overwritten of a block device.
@@ -70,7 +70,7 @@ pub(super) async fn begin(
     match snapshot.begin(versions, warnings).await {
         Ok((guard, shows)) => Ok((guard, lock, shows)),
         Err(error) => {
-            state::forget(on, Kind::Held, uuid).await?;
+            forget_unless_begun(on, uuid, &error).await?;
             let (vm, host) = (source.name(), on.host());
             Err(error
                 .context(format!("{vm} on {host} cannot be copied while it runs"))

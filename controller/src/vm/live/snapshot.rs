@@ -71,10 +71,17 @@ pub(super) async fn begin(
         Ok((guard, shows)) => Ok((guard, lock, shows)),
         Err(error) => {
             forget_unless_begun(on, uuid, &error).await?;
+            let hint = match error.code() {
+                ErrorCode::NoSpace => "make room beside its disks, or shut it down",
+                ErrorCode::MissingRequirement => {
+                    "start qemu-guest-agent in the guest; --quiesce auto takes the copy as after a power cut"
+                }
+                _ => "--live pause suspends it meanwhile; or shut it down",
+            };
             let (vm, host) = (source.name(), on.host());
             Err(error
                 .context(format!("{vm} on {host} cannot be copied while it runs"))
-                .hint("--live pause suspends it meanwhile; or shut it down"))
+                .hint(hint))
         }
     }
 }

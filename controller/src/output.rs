@@ -137,6 +137,9 @@ pub fn transfer_text(result: &TransferResult) -> String {
     if let Some(offset) = result.first_difference {
         rows.push(("first difference", format!("at byte {offset}")));
     }
+    if let Some(consistency) = result.consistency {
+        rows.push(("consistency", consistency.to_string()));
+    }
     let width = rows
         .iter()
         .map(|(name, _)| name.len())

@@ -417,11 +417,55 @@ fn where_space_runs_out_the_copy_fails_and_the_guest_goes_on() {
     pair.assert_untouched();
 }
 
+/// A disk by itself, of a VM that writes to it.
+fn one_disk(pair: &Pair<'_>) {
+    let images = "/var/lib/libvirt/images";
+    let sync = |disk: &str, copy: &str, options: &[&str]| {
+        let (from, to) = (
+            format!("hvA:{images}/{disk}"),
+            format!("hvB:{images}/{copy}"),
+        );
+        let words = ["disk", "sync", &from, &to].map(str::to_owned);
+        let options = options.iter().map(|option| (*option).to_owned());
+        pair.site.controller.run(words.into_iter().chain(options))
+    };
+    for (disk, copy, live, consistency) in [
+        ("busy-vdb.qcow2", "one", "auto", "application"),
+        ("busy-vdb.qcow2", "one", "snapshot", "application"),
+        ("busy-vdc.raw", "two", "pause", "crash"),
+    ] {
+        let run = sync(disk, copy, &["--live", live]);
+        let result = run.expect_json();
+        assert_eq!(result["consistency"], consistency, "{run}");
+        assert!(result["source"].to_string().contains(disk), "{run}");
+        let is_raw = result["warnings"].to_string().contains("is a raw disk");
+        assert_eq!(is_raw, disk.ends_with("qcow2"), "{run}");
+        assert!(records(&pair.site.b.image(copy), "raw").unwrap() > 0);
+        pair.assert_untouched();
+    }
+    sync("busy-vdb.qcow2", "one", &["--live", "refuse"]).expect_failure(5, &["busy"], "busy-vdb");
+    let nobodys = sync(".busy", "one", &["--live", "snapshot"]);
+    nobodys.expect_failure(4, &["not_found"], "no VM has");
+}
+
 #[test]
 fn a_guest_without_its_agent_is_copied_as_after_a_power_cut_or_not_at_all() {
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["raw", "qcow2", "raw"]);
+    let doctor = site.controller.run(["doctor", "hvA"]);
+    let checks = doctor.expect_json()["hosts"][0]["checks"].clone();
+    let checks = checks.as_array().into_iter().flatten();
+    let snapshot = checks
+        .clone()
+        .find(|check| check["name"] == "snapshot of a running VM");
+    let detail = snapshot.map(|check| check["detail"].clone());
+    assert_eq!(
+        detail,
+        Some("works, nothing confines QEMU".into()),
+        "{doctor}"
+    );
     pair.clone(&["--quiesce", "require"]);
+    one_disk(&pair);
     let end = r#"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","sleep 1; kill -9 $(pidof qemu-ga)"]}}"#;
     site.a.virsh(&["qemu-agent-command", "busy", end]);
     wait_for("the end of the agent", PATIENCE, || {

@@ -5,11 +5,11 @@ use clap::{Args, Subcommand};
 use super::App;
 use super::history::Recording;
 use super::options::{CompareArgs, DiskArgs, OutputFormat, TransferArgs};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::history::Begun;
 use crate::output;
-use crate::transfer::{self, LiveRead, MethodChoice, Operation, Request};
-use crate::vm::LiveChoice;
+use crate::transfer::{MethodChoice, Operation, Request};
+use crate::vm::{LiveChoice, Quiesce, disk};
 
 /// What can be done with two disks.
 #[derive(Debug, Subcommand)]
@@ -26,10 +26,15 @@ pub(super) enum Command {
 pub(super) struct Sync {
     #[command(flatten)]
     disks: DiskArgs,
-    /// What to do about a source that is in use: refuse, or torn (read it as it is) [default:
-    /// refuse]
-    #[arg(long, value_name = "auto|refuse|torn")]
+    /// What to do about a source that a running VM writes to: snapshot (QEMU shows it as it is at one
+    /// instant), pause (the VM is suspended meanwhile), refuse or torn (read it as it is) [default:
+    /// auto, which is snapshot]
+    #[arg(long, value_name = "auto|refuse|pause|snapshot|torn")]
     live: Option<LiveChoice>,
+    /// Whether the guest's file systems are frozen at the instant of a snapshot: auto (if the guest
+    /// agent answers), require or off [default: auto]
+    #[arg(long, value_name = "auto|require|off")]
+    quiesce: Option<Quiesce>,
     #[command(flatten)]
     transfer: TransferArgs,
 }
@@ -43,12 +48,16 @@ pub(super) struct Compare {
 }
 
 pub(super) async fn run(app: &App, command: Command) -> Result<()> {
+    let mut how = (LiveChoice::Refuse, Quiesce::default());
     let request = match command {
         Command::Sync(sync) => {
-            let mut options = sync
+            let options = sync
                 .transfer
                 .resolve(&app.config, MethodChoice::Blocksync)?;
-            options.live = live(sync.live.unwrap_or_default())?;
+            how = (
+                sync.live.unwrap_or_default(),
+                sync.quiesce.unwrap_or_default(),
+            );
             sync.disks
                 .request(Operation::Sync, options, sync.transfer.dry_run)?
         }
@@ -62,23 +71,15 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
             false,
         )?,
     };
-    transfer_and_report(app, &request).await
-}
-
-/// How a disk's source is read. A disk has no VM that could be suspended.
-fn live(choice: LiveChoice) -> Result<LiveRead> {
-    match choice {
-        LiveChoice::Auto | LiveChoice::Refuse => Ok(LiveRead::No),
-        LiveChoice::Torn => Ok(LiveRead::Torn),
-        LiveChoice::Pause | LiveChoice::Snapshot => Err(Error::usage(
-            "--live pause and --live snapshot are for a VM, and a disk is none",
-        )
-        .hint("use \"clone\" or \"sync\" for a whole VM")),
-    }
+    transfer_and_report(app, &request, how).await
 }
 
 /// Prints the result, also of a failure, to which the figures so far belong.
-async fn transfer_and_report(app: &App, request: &Request) -> Result<()> {
+async fn transfer_and_report(
+    app: &App,
+    request: &Request,
+    (live, quiesce): (LiveChoice, Quiesce),
+) -> Result<()> {
     let begun = Begun {
         operation: request.operation.name(),
         vm: None,
@@ -86,7 +87,8 @@ async fn transfer_and_report(app: &App, request: &Request) -> Result<()> {
         destination: request.destination.to_string(),
     };
     let recording = Recording::begin(app, &begun);
-    let mut result = transfer::run(&app.transfer_context(), request).await;
+    let context = app.transfer_context();
+    let mut result = disk::sync(&context, app.connect(), request, live, quiesce).await;
     recording.end(app, &result);
     for warning in &result.warnings {
         app.warn(warning);

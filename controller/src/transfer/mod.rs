@@ -31,7 +31,7 @@ pub use choice::{Abilities, Choice, direct};
 pub use request::{
     LiveRead, MethodChoice, Operation, Options, Request, RouteChoice, Streams, Verification,
 };
-pub use result::{Route, TransferResult};
+pub use result::{Consistency, Route, TransferResult};
 
 /// What a transfer needs from the program around it. Clones share everything.
 #[derive(Debug, Clone)]

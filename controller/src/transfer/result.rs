@@ -19,6 +19,28 @@ pub enum Route {
     Relay,
 }
 
+/// What the copies of disks that a VM wrote to are to its guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// One instant of all disks, at which the guest agent held the file systems still.
+    Application,
+    /// One instant of all disks, as after a power cut: the guest replays its journals.
+    Crash,
+    /// Several instants: a file system on them may be broken.
+    Torn,
+}
+
+impl std::fmt::Display for Consistency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Application => "as the guest's file systems stood still",
+            Self::Crash => "as after a power cut",
+            Self::Torn => "torn: of several instants",
+        })
+    }
+}
+
 /// What a transfer did. A figure that is not known is `None`, never invented.
 #[derive(Debug, Serialize)]
 pub struct TransferResult {
@@ -63,6 +85,9 @@ pub struct TransferResult {
     pub blocks_zeroed: Option<u64>,
     /// Blocks that were equal.
     pub blocks_unchanged: Option<u64>,
+    /// What the copy is, where a VM wrote to the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Consistency>,
     /// How changes reached the destination.
     pub apply: &'static str,
     /// An interrupted run was taken up.
@@ -86,6 +111,14 @@ pub struct TransferResult {
 }
 
 impl TransferResult {
+    /// It came to nothing before it began.
+    pub(crate) fn failed(request: &Request, error: Error) -> Self {
+        Self {
+            error: Some(error),
+            ..Self::new(request)
+        }
+    }
+
     /// Nothing known yet.
     pub(super) fn new(request: &Request) -> Self {
         Self {
@@ -109,6 +142,7 @@ impl TransferResult {
             blocks_changed: None,
             blocks_zeroed: None,
             blocks_unchanged: None,
+            consistency: None,
             apply: intended(request),
             resumed: false,
             verified: "none",

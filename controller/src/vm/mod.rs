@@ -13,6 +13,7 @@ mod checkpoint;
 mod checks;
 pub mod clone;
 mod container;
+pub mod disk;
 mod lineage;
 mod live;
 mod naming;

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::obstacle::Obstacle;
 use super::plan::Plan;
 use crate::error::{Error, Result};
-use crate::transfer::{Route, TransferResult};
+use crate::transfer::{Consistency, Route, TransferResult};
 
 /// What an operation did with a VM. A figure that is not known of every disk is `None`.
 #[derive(Debug, Serialize)]
@@ -70,28 +70,6 @@ pub struct VmResult {
     pub definition_differences: Option<Vec<String>>,
     /// Each disk, or each image of one.
     pub disks: Vec<DiskResult>,
-}
-
-/// What the copies of a VM that ran are to its guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Consistency {
-    /// One instant of all disks, at which the guest agent held the file systems still.
-    Application,
-    /// One instant of all disks, as after a power cut: the guest replays its journals.
-    Crash,
-    /// Several instants: a file system on them may be broken.
-    Torn,
-}
-
-impl std::fmt::Display for Consistency {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Application => "as the guest's file systems stood still",
-            Self::Crash => "as after a power cut",
-            Self::Torn => "torn: of several instants",
-        })
-    }
 }
 
 /// How much of a disk of a VM that runs was read.

@@ -34,7 +34,7 @@ impl Probe {
                  rule, and \"semodule -i kvm-clone.pp\" takes it in"
             }
             _ => {
-                "a VM that runs is copied there with --live pause; QEMU and libvirt 6.0 are the oldest that can do more"
+                "libvirt 7.6 and QEMU 6.1 are the oldest that do this by themselves; --live pause does without"
             }
         }
     }

@@ -387,6 +387,14 @@ fn where_files_share_blocks_a_vm_is_suspended_only_while_its_disks_are_copied() 
     site.b.assert_tidy();
 }
 
+/// Leaves an image `$0` as a sync does that breaks off when its overlay is whole.
+const BREAK_OFF: &str = r#"
+    o=${0%/*}/.${0##*/}.kc-overlay;
+    qemu-img create -q -f qcow2 -F qcow2 -b "$0" "$o" && qemu-io -f qcow2 -c "write -P 0x77 1M 64k" "$o" &&
+    left=$(stat -c '{"size_bytes": %s, "modified": "%.9Y", "inode": %i}' "$0") &&
+    sed -i -e 's|"unfinished": false|"unfinished": true, "overlaid": {"'"$0"'": '"$left"'}|' /var/lib/kvm-clone/lineage/*.json
+"#;
+
 #[test]
 fn disks_in_another_format_hold_what_the_guest_sees_and_a_broken_last_step_is_done_by_the_next() {
     let Some(site) = Site::start() else { return };
@@ -445,37 +453,37 @@ fn disks_in_another_format_hold_what_the_guest_sees_and_a_broken_last_step_is_do
     assert_eq!(sync.expect_json()["blocks_changed"], 1, "{sync}");
     assert_eq!(run("verify", &[]).json()["blocks_changed"], 0);
 
-    // A sync that was killed when its overlay was whole, and not yet in its place.
-    let overlay = "/var/lib/libvirt/images/.web-vdb.qcow2.kc-overlay";
-    let lineage = "sed -i -e 's|\"unfinished\": false|\"unfinished\": true, \"overlays\": [\"'$0'\"]|' /var/lib/kvm-clone/lineage/*.json";
-    for by_recover in [true, false] {
+    // A sync that was killed when its overlay was whole, and not yet in its place; in the middle of
+    // that; and one after which somebody has used the image.
+    for (next, meanwhile, changed) in [
+        ("recover", "true", true),
+        ("recover", "mv $0 ${0%/*}/.${0##*/}.kc-applying", true),
+        ("sync", "true", true),
+        (
+            "recover",
+            "qemu-io -f qcow2 -c \"write -P 0x66 2M 64k\" $0",
+            false,
+        ),
+    ] {
         site.b.run(&[
-            "qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, overlay,
-        ]);
-        site.b.run(&[
-            "qemu-io",
-            "-f",
-            "qcow2",
+            "sh",
             "-c",
-            "write -P 0x77 1M 64k",
-            overlay,
+            &format!("set -e; {BREAK_OFF}{meanwhile}"),
+            image,
         ]);
-        site.b.run(&["sh", "-c", lineage, overlay]);
-        let next = match by_recover {
-            true => site.controller.run(["recover", "hvB"]),
-            false => run("sync", &["--dry-run"]),
-        };
-        next.expect_code(0);
-        let is_there = site.b.exec(&["test", "-e", overlay]).status.success();
-        assert_eq!(is_there, !by_recover, "{next}");
-        if by_recover {
-            let read = ["qemu-io", "-f", "qcow2", "-c", "read -P 0x77 1M 64k", image];
-            let said = site.b.run(&read);
-            assert!(!said.contains("verification failed"), "{said}");
+        match next {
+            "recover" => site.controller.run(["recover", "hvB"]),
+            _ => run("sync", &[]),
         }
-        let sync = run("sync", &[]);
-        sync.expect_code(0);
-        assert!(!site.b.exec(&["test", "-e", overlay]).status.success());
+        .expect_code(0);
+        let left = site.b.run(&["sh", "-c", "ls -A /var/lib/libvirt/images"]);
+        assert!(!left.contains("kc-"), "{next} {meanwhile}: {left}");
+        if next == "recover" {
+            let read = ["qemu-io", "-f", "qcow2", "-c", "read -P 0x77 1M 64k", image];
+            let read = site.b.exec(&read);
+            assert_eq!(read.status.success(), changed, "{meanwhile}");
+        }
+        run("sync", &[]).expect_code(0);
         assert_eq!(run("verify", &[]).json()["blocks_changed"], 0);
     }
     let console = site.b.boots("web");

@@ -5,6 +5,7 @@
 //!                        └ dry run ends   └ from here on a failure removes what was made
 //! ```
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::time::Instant;
@@ -370,7 +371,7 @@ impl Making<'_> {
         container::name_results(&mut disks, &files);
         result.take_disks(disks);
         match containers {
-            Some(containers) => containers.end(done).await?.commit().await?,
+            Some(containers) => containers.end(done).await?.commit(&BTreeMap::new()).await?,
             None => done?,
         }
         for file in self.plan.files.iter().filter(|file| file.public) {

@@ -4,14 +4,18 @@
 //! ```text
 //!  new image     .NAME.kc-partial   is written, and gets its name when it is whole
 //!  older copy    .NAME.kc-overlay   stands on NAME and takes what differs; NAME is read
-//!                NAME               gets it in the end (qemu-img commit), which can be done again
+//!                .NAME.kc-applying  is NAME while it gets that (qemu-img commit), which can be done
+//!                                   again
 //! ```
 //!
-//! So the image is the old one or the new one, but for the time of the last step: the lineage names
-//! the overlays that are whole, and whoever comes after a run that broke off then does that step.
+//! So the image is the old one or the new one: for the time of the last step it has no name, and the
+//! lineage tells whoever comes after a run that broke off just then to do that step.
+
+use std::collections::BTreeMap;
 
 use kvm_clone_protocol::message::History;
 
+use super::lineage::Left;
 use super::live::{Exhibit, Versions};
 use super::naming;
 use super::result::DiskResult;
@@ -214,8 +218,22 @@ impl Written {
         }))
     }
 
-    /// The overlays among them, which [`Written::commit`] puts into the images below.
-    pub(super) fn overlays(&self) -> Vec<String> {
+    /// What the images are that stand below overlays, for [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// When the host cannot be asked.
+    pub(super) async fn images(&self) -> Result<BTreeMap<String, Left>> {
+        let mut images = BTreeMap::new();
+        for each in self.all.iter().filter(|each| each.exists) {
+            if let Some(facts) = self.on.host().file_facts(&each.path).await? {
+                images.insert(each.path.clone(), Left::of(&facts));
+            }
+        }
+        Ok(images)
+    }
+
+    /// The overlays among them.
+    fn overlays(&self) -> Vec<String> {
         let overlays = self.all.iter().filter(|each| each.exists);
         overlays.map(Container::written).collect()
     }
@@ -242,7 +260,7 @@ impl Written {
                         each.path
                     ),
                 )
-                .hint("make room there; nothing was changed"));
+                .hint("make room there"));
             }
         }
         Ok(())
@@ -252,8 +270,8 @@ impl Written {
     ///
     /// # Errors
     /// When one cannot be; it can be done again.
-    pub(super) async fn commit(&self) -> Result<()> {
-        commit(&self.on, &self.overlays()).await?;
+    pub(super) async fn commit(&self, images: &BTreeMap<String, Left>) -> Result<()> {
+        commit(&self.on, images).await?;
         for each in self.all.iter().filter(|each| !each.exists) {
             let words = ["mv", "-f", "-T", "--", &each.written(), &each.path];
             self.on.host().tool_output(&words, b"").await?;
@@ -275,29 +293,59 @@ impl Written {
     }
 }
 
-/// Puts what overlays hold into the images that they stand on, and removes them. One that is not
-/// there has been seen to; the others are given back.
+/// Puts what overlays hold into the images that they stand on, which have no name meanwhile, so that no
+/// VM starts on half of it; then removes them. `images` are what those were when the overlays were
+/// whole: of one that somebody has used since the overlay is of no use, and is only removed. Gives back
+/// the images that were changed.
 ///
 /// # Errors
 /// When one cannot be; it can be done again.
-pub(super) async fn commit<'a>(on: &Hypervisor, overlays: &'a [String]) -> Result<Vec<&'a str>> {
-    let mut found = Vec::new();
-    for overlay in overlays {
-        if on.host().file_facts(overlay).await?.is_none() {
+pub(super) async fn commit(
+    on: &Hypervisor,
+    images: &BTreeMap<String, Left>,
+) -> Result<Vec<String>> {
+    let host = on.host();
+    let mut changed = Vec::new();
+    for (image, left) in images {
+        let [overlay, applying] = beside(image);
+        if host.file_facts(&overlay).await?.is_none() {
             continue;
         }
-        // Not emptied after it (-d), so that what breaks off can be done again.
-        let words = ["qemu-img", "commit", "-q", "-d", "-f", "qcow2", overlay];
-        on.host().tool_output(&words, b"").await?;
-        let (directory, name) = naming::split(overlay);
-        if let Some(image) = naming::below_overlay(name) {
-            let image = naming::join(directory, image);
-            on.host().tool_output(&["sync", "--", &image], b"").await?;
+        if host.file_facts(&applying).await?.is_none() {
+            let facts = host.file_facts(image).await?;
+            if facts.as_ref().map(Left::of).as_ref() != Some(left) {
+                host.remove(&[overlay]).await?;
+                continue;
+            }
+            host.tool_output(&["mv", "-T", "--", image, &applying], b"")
+                .await?;
         }
-        on.host().remove(std::slice::from_ref(overlay)).await?;
-        found.push(overlay.as_str());
+        changed.push(image.clone());
     }
-    Ok(found)
+    for image in &changed {
+        let [overlay, applying] = beside(image);
+        let [top, below] = [&overlay, &applying].map(|path| path.replace(',', ",,"));
+        let options = format!(
+            "driver=qcow2,file.driver=file,file.filename={top},backing.driver=qcow2,\
+             backing.file.driver=file,backing.file.filename={below}"
+        );
+        // Not emptied after it (-d), so that what breaks off can be done again.
+        let words = ["qemu-img", "commit", "-q", "-d", "--image-opts", &options];
+        host.tool_output(&words, b"").await?;
+        host.tool_output(&["sync", "--", &applying], b"").await?;
+        host.tool_output(&["mv", "-T", "--", &applying, image], b"")
+            .await?;
+        let (directory, _) = naming::split(image);
+        host.tool_output(&["sync", "--", directory], b"").await?;
+        host.remove(&[overlay]).await?;
+    }
+    Ok(changed)
+}
+
+/// The names of the overlay on an image, and of the image while it gets what that holds.
+fn beside(image: &str) -> [String; 2] {
+    let (directory, name) = naming::split(image);
+    [naming::overlay(name), naming::applying(name)].map(|name| naming::join(directory, &name))
 }
 
 /// Says of disks that were written through a server what was done: their changes waited in an

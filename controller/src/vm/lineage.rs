@@ -37,7 +37,7 @@ pub(super) struct Lineage {
     /// gathers what it will change is not remembered.
     unfinished: bool,
     /// What the files of the disks were when the last run had ended.
-    files: BTreeMap<String, Written>,
+    files: BTreeMap<String, Left>,
     /// What a guest sees was copied, and not the bytes of images: so it is from then on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     contents: bool,
@@ -45,9 +45,9 @@ pub(super) struct Lineage {
     /// guest has written since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     version: Option<Version>,
-    /// Overlays of the unfinished run that are whole, and belong into the images below them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    overlays: Vec<String>,
+    /// Images of the unfinished run whose overlays are whole, and belong into them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    overlaid: BTreeMap<String, Left>,
     /// What images must hold again after the unfinished run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     references: Vec<Reference>,
@@ -56,14 +56,14 @@ pub(super) struct Lineage {
 /// A file as it was left.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
+pub(super) struct Left {
     size_bytes: u64,
     modified: String,
     inode: u64,
 }
 
-impl Written {
-    fn of(facts: &FileFacts) -> Self {
+impl Left {
+    pub(super) fn of(facts: &FileFacts) -> Self {
         Self {
             size_bytes: facts.size_bytes,
             modified: facts.modified.clone(),
@@ -85,7 +85,7 @@ impl Lineage {
             files: BTreeMap::new(),
             contents: subject == Subject::Contents,
             version: None,
-            overlays: Vec::new(),
+            overlaid: BTreeMap::new(),
             references,
         }
     }
@@ -95,7 +95,7 @@ impl Lineage {
         state::write(on, Kind::Lineage, &uuid.to_string(), self).await
     }
 
-    /// Remembers that all overlays of the run are whole: from then on it ends one way or another.
+    /// Remembers that the overlays on these images are whole: from then on they get what those hold.
     ///
     /// # Errors
     /// When that cannot be written.
@@ -103,18 +103,18 @@ impl Lineage {
         &mut self,
         on: &Hypervisor,
         uuid: Uuid,
-        overlays: Vec<String>,
+        overlaid: BTreeMap<String, Left>,
     ) -> Result<()> {
-        self.overlays = overlays;
+        self.overlaid = overlaid;
         self.write(on, uuid).await
     }
 
-    /// Puts overlays that are whole into the images below them. Gives back those that were there.
+    /// Puts overlays that are whole into the images below them, and gives back which those are.
     ///
     /// # Errors
     /// When one cannot be.
-    pub(super) async fn finish_overlays(&self, on: &Hypervisor) -> Result<Vec<&str>> {
-        container::commit(on, &self.overlays).await
+    pub(super) async fn finish_overlays(&self, on: &Hypervisor) -> Result<Vec<String>> {
+        container::commit(on, &self.overlaid).await
     }
 
     /// Gives the images what the run has taken from them: each that needed it.
@@ -143,10 +143,10 @@ impl Lineage {
         self.version = version;
         self.restore_references(on).await?;
         self.references.clear();
-        self.overlays.clear();
+        self.overlaid.clear();
         for path in paths {
             if let Some(facts) = on.host().file_facts(path).await? {
-                self.files.insert(path.clone(), Written::of(&facts));
+                self.files.insert(path.clone(), Left::of(&facts));
             }
         }
         self.unfinished = false;
@@ -159,7 +159,7 @@ impl Lineage {
         let images = target.disks.iter().flat_map(|disk| &disk.images);
         images.filter(|image| {
             let was = self.files.get(&image.path);
-            !image.is_device() && was != Some(&Written::of(&image.facts))
+            !image.is_device() && was != Some(&Left::of(&image.facts))
         })
     }
 
@@ -226,11 +226,9 @@ pub(super) async fn settle(on: &Hypervisor, uuid: &str) -> Result<Vec<String>> {
         })
         .collect();
     let finished = lineage.finish_overlays(on).await?;
-    told.extend(
-        finished.iter().map(|path| {
-            format!("an earlier run had written {path} and had not finished: it has now")
-        }),
-    );
+    told.extend(finished.iter().map(|path| {
+        format!("an earlier run onto {path} was committed and had not finished: it has now")
+    }));
     let restored = lineage.restore_references(on).await?;
     told.extend(restored.iter().map(|path| {
         format!("{path} held its source's reference since an earlier run: it has its own again")

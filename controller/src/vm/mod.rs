@@ -7,6 +7,9 @@
 //!  sync    survey both hosts ─ obstacles? ─ checkpoint ─ transfers ─ lineage
 //!                                                         └ lineage: unfinished, ahead of the commit
 //!  verify  survey both hosts ─ compare disks and definitions
+//!
+//!  transfers   hold the source at an instant (live) ─ serve images of other formats (container) ─
+//!              ship ─ end the servers ─ put overlays into their images ─ let the source go
 //! ```
 
 mod checkpoint;

@@ -69,11 +69,6 @@ pub(super) fn overlay(name: &str) -> String {
     format!(".{name}{OVERLAY_SUFFIX}")
 }
 
-/// The name of the image that such an overlay stands on.
-pub(super) fn below_overlay(name: &str) -> Option<&str> {
-    name.strip_prefix('.')?.strip_suffix(OVERLAY_SUFFIX)
-}
-
 /// Directory and name of an absolute path.
 pub(super) fn split(path: &str) -> (&str, &str) {
     match path.rsplit_once('/') {

@@ -153,7 +153,7 @@ async fn reconnect(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Op
         "a sync has begun to change its disks and not ended; the next one does".to_owned();
     if recovery != Recovery::List {
         for path in lineage.finish_overlays(on).await? {
-            note += &format!("; what {path} held is in its image now");
+            note += &format!("; {path} has got what waited for it");
         }
         for path in lineage.restore_references(on).await? {
             note += &format!("; {path} has its own reference again");

@@ -141,8 +141,9 @@ async fn copy(
     let copied = ship(context, request, fit, before, result).await;
     if let Some(containers) = containers {
         let written = containers.end(copied).await?;
-        lineage.commit(to, uuid, written.overlays()).await?;
-        written.commit().await?;
+        let images = written.images().await?;
+        lineage.commit(to, uuid, images.clone()).await?;
+        written.commit(&images).await?;
     } else {
         copied?;
     }

@@ -315,32 +315,43 @@ fn a_run_that_is_killed_leaves_a_guest_that_writes_and_nothing_else() {
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "raw", "qcow2"]);
     pair.clone(&[]);
-    let took = pair.run("sync", &[]).elapsed + Duration::from_secs(2);
+    let took = pair.run("sync", &[]).elapsed;
     let kills = count("KVM_CLONE_LIVE_KILLS", 4);
     for kill in 0..kills {
         let slowly = ["--method", "blocksync", "--read-limit", "20M"];
         let words = ["sync", "hvA", "hvB", "busy"];
         let running = site.controller.start(words.iter().chain(&slowly));
-        let moment = took.mul_f64((kill as f64 + 0.5) / kills as f64 * 1.2);
-        std::thread::sleep(moment);
+        let part = (kill as f64 + 0.5) / kills as f64;
         let victims = [
-            "the controller",
-            "agents of hvA",
-            "agents of hvB",
-            "sshd of hvA",
+            ("the controller", None),
+            ("agents of hvA", Some(&site.a)),
+            ("agents of hvB", Some(&site.b)),
+            ("sshd of hvA", None),
         ];
-        match kill % victims.len() {
-            0 => running.signal(Signal::SIGKILL),
-            1 => drop(site.a.exec(&["pkill", "-KILL", "-f", "kvm-clone/agent-"])),
-            2 => drop(site.b.exec(&["pkill", "-KILL", "-f", "kvm-clone/agent-"])),
+        let (victim, agents_of) = victims[kill % victims.len()];
+        // Agents live for some seconds only, the others for the whole run.
+        let moment = match agents_of {
+            None => took.mul_f64(part),
+            Some(host) => {
+                wait_for("an agent", PATIENCE, || {
+                    (!host.agents().is_empty()).then_some(())
+                });
+                Duration::from_secs(2).mul_f64(part)
+            }
+        };
+        std::thread::sleep(moment);
+        match (victim, agents_of) {
+            (_, Some(host)) => drop(host.exec(&["pkill", "-KILL", "-f", "kvm-clone/agent-"])),
+            ("the controller", _) => running.signal(Signal::SIGKILL),
             _ => drop(site.a.exec(&["pkill", "-KILL", "-f", "sshd: root"])),
         }
         let run = running.wait();
-        println!(
-            "{} at {moment:?}: exit {:?}",
-            victims[kill % victims.len()],
-            run.code()
-        );
+        assert_ne!(run.code(), Some(2), "{run}");
+        let error = match run.code() {
+            None | Some(0) => serde_json::Value::Null,
+            Some(_) => run.json()["error"]["message"].clone(),
+        };
+        println!("{victim} after {moment:?}: exit {:?} {error}", run.code());
         // The copy is an old instant or a new one, or a run that recovers makes it one.
         site.controller.run(["recover", "hvB"]).expect_code(0);
         site.controller.run(["recover", "hvA"]).expect_code(0);

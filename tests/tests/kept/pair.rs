@@ -75,12 +75,27 @@ impl<'a> Pair<'a> {
         let running = self
             .lab
             .start_disk("sync", self.by, &self.from, &self.to, &slow);
-        wait_for("a part of the run", Duration::from_secs(30), || {
-            (running.elapsed() > Duration::from_secs(2)).then_some(())
+        let mut begun = None;
+        wait_for("a part of the run", Duration::from_secs(60), || {
+            if begun.is_none() && self.is_changing() {
+                begun = Some(running.elapsed());
+            }
+            begun.filter(|begun| running.elapsed() > *begun + Duration::from_secs(2))
         });
         running.signal(Signal::SIGKILL);
         assert!(running.wait().code() != Some(0));
         self.lab.wait_until_quiet();
+    }
+
+    /// Whether something lies beside the destination that changes go into.
+    fn is_changing(&self) -> bool {
+        let name = self.to.file_name().expect("a disk has a name");
+        let start = format!(".{}.kc-", name.to_string_lossy());
+        let entries = fs::read_dir(self.to.parent().expect("it is in a directory"));
+        let names = entries.expect("that can be read").flatten();
+        names
+            .map(|entry| entry.file_name())
+            .any(|name| name.to_string_lossy().starts_with(&start))
     }
 
     /// A sync that reads neither disk.

@@ -1,6 +1,7 @@
 //! A VM that runs and writes all the time: its copy is one instant of all of its disks, and the next
 //! one reads only what the guest has written since.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvm_clone_tests::controller::Run;
@@ -15,6 +16,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Milliseconds for which a guest may be kept from writing by a snapshot. It is promised half a second,
 /// and gets it on a machine that does nothing else: the figure is printed. Here tests run side by side.
 const PAUSE: u64 = 3000;
+
+/// Keeps other tests waiting: an emulated guest that writes all the time takes a processor, and two of
+/// them leave none to the hosts.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// How often something is done that is done more often in a campaign.
 fn count(name: &str, small: usize) -> usize {
@@ -101,6 +109,7 @@ fn checkpoints(on: &Hypervisor) -> Vec<String> {
 
 #[test]
 fn every_copy_of_a_vm_that_writes_is_one_instant_and_the_guest_is_not_stopped() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "raw", "qcow2"]);
     let began = site.a.console("busy").lines().count();
@@ -137,6 +146,7 @@ fn every_copy_of_a_vm_that_writes_is_one_instant_and_the_guest_is_not_stopped() 
 
 #[test]
 fn a_torn_copy_is_noticed_by_this_test() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["raw", "raw", "raw"]);
     pair.clone(&[]);
@@ -182,6 +192,7 @@ fn of_a_large_disk_only_what_was_written_is_read_and_shipped() {
         images_bytes,
         ..SiteSpec::default()
     };
+    let _alone = alone();
     let Some(site) = Site::with(&spec) else {
         return;
     };
@@ -283,6 +294,7 @@ impl Event {
 
 #[test]
 fn whatever_happens_to_the_vm_the_next_copy_is_right_and_says_how_it_was_read() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "qcow2", "qcow2"]);
     pair.clone(&[]);
@@ -312,6 +324,7 @@ fn whatever_happens_to_the_vm_the_next_copy_is_right_and_says_how_it_was_read() 
 
 #[test]
 fn a_run_that_is_killed_leaves_a_guest_that_writes_and_nothing_else() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "raw", "qcow2"]);
     pair.clone(&[]);
@@ -365,6 +378,7 @@ fn a_run_that_is_killed_leaves_a_guest_that_writes_and_nothing_else() {
 
 #[test]
 fn a_clone_of_a_uefi_vm_that_runs_boots_and_goes_on_where_it_was() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let vm = Vm::that_writes("busy", ["raw", "qcow2", "qcow2"]).firmware(Firmware::Uefi);
     site.define(&site.a, &vm);
@@ -394,6 +408,7 @@ fn a_clone_of_a_uefi_vm_that_runs_boots_and_goes_on_where_it_was() {
 
 #[test]
 fn where_space_runs_out_the_copy_fails_and_the_guest_goes_on() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["qcow2", "raw", "qcow2"]);
     pair.clone(&[]);
@@ -465,6 +480,7 @@ fn one_disk(pair: &Pair<'_>) {
 
 #[test]
 fn a_guest_without_its_agent_is_copied_as_after_a_power_cut_or_not_at_all() {
+    let _alone = alone();
     let Some(site) = Site::start() else { return };
     let pair = Pair::start(&site, ["raw", "qcow2", "raw"]);
     let doctor = site.controller.run(["doctor", "hvA"]);
@@ -539,6 +555,7 @@ fn suspended(on: &Hypervisor, done: impl FnOnce()) -> Vec<f64> {
 
 #[test]
 fn a_vm_is_suspended_for_as_short_as_its_file_system_lets_it() {
+    let _alone = alone();
     // The other takes a minute more, and proves nothing but its figure.
     let sites = [SiteSpec::default(), SiteSpec::without_reflinks()];
     for spec in &sites[..count("KVM_CLONE_LIVE_PAUSES", 1)] {

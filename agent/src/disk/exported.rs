@@ -43,7 +43,7 @@ pub(crate) struct Exported {
 /// The contexts that are asked for.
 const BITMAPS: &str = "qemu:dirty-bitmap:";
 
-/// The longest name of one, and of a version, in bytes: that of a text in NBD.
+/// The longest name of one in bytes: that of a text in NBD.
 const MAX_NAME: usize = 4096;
 
 impl Exported {

@@ -127,13 +127,13 @@ impl<'a> Held<'a> {
             return Err(error);
         }
         request.options.live = reading.live_read();
-        let hold = Hold::begin(source, reading, None, warnings).await?;
         let disk = source.disks.first().ok_or_else(|| {
             Error::new(
                 ErrorCode::Internal,
                 format!("{} is no disk of it any more", self.path),
             )
         })?;
+        let hold = Hold::begin(source, reading, None, warnings).await?;
         let mut moves = [Move {
             target: disk.target.clone(),
             source: self.path.clone(),

@@ -41,7 +41,11 @@ impl Exhibit<'_> {
         };
         let lock = remember(on, self.uuid, &HeldVm::new(self.vm, means)).await?;
         // Servers that were left behind may have what is made now.
-        let opened = match on.host().end_export(&directory).await.and(made.await) {
+        let ready = match on.host().end_export(&directory).await {
+            Ok(()) => made.await,
+            Err(error) => Err(error),
+        };
+        let opened = match ready {
             Ok(()) => {
                 let note = Kind::Held.path(self.uuid);
                 let forget = ["rm", "-f", "--", &note];

@@ -13,8 +13,8 @@ use super::tool::NOT_FOUND;
 use super::{Host, MAX_STDERR, SSH_FAILED, drain, find, script, ssh};
 use crate::error::{Error, ErrorCode, Result};
 
-/// How long undoing may take.
-const END_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long undoing may take: a minute more than libvirt may need to end a backup job.
+const END_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// What was done, and is undone at the end.
 #[derive(Debug)]

@@ -48,8 +48,11 @@ pub(in crate::host) fn resume() -> String {
 /// file systems of the scratch files, which are the others.
 ///
 /// `vir` is virsh with a limit: a guest agent may never answer. SIGTERM is ignored here, and so by
-/// what is started. `room` holds where there is that space. `end` ends the job, if it is still ours.
-/// When a scratch file could not grow, QEMU has paused the guest, which stays so after the job.
+/// what is started. `room` holds where there is that space. `end` ends the job, if it is still ours,
+/// and waits up to two minutes for that: libvirt 9 hears of a job's end in the thread in which it hears
+/// of all that happens, and a guest agent that comes or goes meanwhile stops that for 30 s, until libvirt
+/// gives up a lock that a backup job does not share. When a scratch file could not grow, QEMU has
+/// paused the guest, which stays so after the job.
 const BACKUP: &str = r#"
     umask 077; LC_ALL=C; export LC_ALL; u=$0; v=$1; s=$2; floor=$3; shift 3;
     vir() { timeout -s KILL 20 virsh -q -c "$u" "$@"; };
@@ -63,9 +66,9 @@ const BACKUP: &str = r#"
     end() {
         t=0;
         while ours; do
-            [ $t -lt 100 ] || return 1;
+            [ $t -lt 160 ] || return 1;
             [ $((t % 20)) -ne 0 ] || vir domjobabort "$v" >/dev/null 2>&1;
-            t=$((t + 1)); sleep 0.1;
+            t=$((t + 1)); if [ $t -lt 50 ]; then sleep 0.1; else sleep 1; fi;
         done;
         case $(vir domstate --reason "$v" 2>/dev/null) in
             ("paused (I/O error)") vir resume "$v" || return 1 ;;
@@ -77,7 +80,8 @@ const BACKUP: &str = r#"
 /// Begins a backup job: after what all have come `$4`, how the guest's file systems are frozen
 /// (`auto`, `require` or `off`), what asks its agent whether they are, the XML of the job, that of a checkpoint or nothing, and the scratch
 /// files. What somebody else has frozen is left so. All that happens between freezing and thawing is
-/// one command line of virsh, which goes on when a part of it fails.
+/// one command line of virsh, which goes on when a part of it fails. Where that had to be killed,
+/// libvirt may begin the job all the same, as soon as it has waited 30 s for something else.
 pub(in crate::host) fn backup() -> String {
     one_line(&format!(
         r#"{BACKUP} q=$1; ask=$2; b=$3; c=$4; shift 4;
@@ -108,6 +112,7 @@ pub(in crate::host) fn backup() -> String {
         fi;
         said "Backup started" || [ $r -ne 0 ] || r=71;
         cat "$x/e" >&2; rm -rf "$x";
+        t=0; until [ $k -lt 124 ] || [ $t -ge 40 ] || ours; do t=$((t + 1)); sleep 1; done;
         if [ $r -ne 0 ]; then end "$@"; exit $r; fi;
         [ -z "$frozen" ] || {{ echo; echo kvm-clone-frozen; }};
         exit 0"#

@@ -163,7 +163,8 @@ impl Guard {
     pub(super) async fn finish(mut self) -> (Vec<u8>, Result<()>) {
         let told = self.stdin.write_all(b"done\n").await;
         drop(self.stdin);
-        let ended = tokio::time::timeout(END_TIMEOUT, self.process.wait()).await;
+        let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+        let ended = tokio::time::timeout_at(deadline, self.process.wait()).await;
         let result = match (told, ended) {
             (Ok(()), Ok(Ok(status))) if status.success() => Ok(()),
             (_, Ok(Ok(status))) => Err(Error::new(
@@ -173,7 +174,7 @@ impl Guard {
             _ => Err(Error::new(ErrorCode::Interrupted, "the connection broke")),
         };
         // What watched may hold the pipe for a moment longer.
-        let heard = tokio::time::timeout(END_TIMEOUT, self.heard).await;
+        let heard = tokio::time::timeout_at(deadline, self.heard).await;
         (
             heard.map(Result::unwrap_or_default).unwrap_or_default(),
             result,

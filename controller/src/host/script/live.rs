@@ -78,10 +78,11 @@ const BACKUP: &str = r#"
 "#;
 
 /// Begins a backup job: after what all have come `$4`, how the guest's file systems are frozen
-/// (`auto`, `require` or `off`), what asks its agent whether they are, the XML of the job, that of a checkpoint or nothing, and the scratch
-/// files. What somebody else has frozen is left so. All that happens between freezing and thawing is
-/// one command line of virsh, which goes on when a part of it fails. Where that had to be killed,
-/// libvirt may begin the job all the same, as soon as it has waited 30 s for something else.
+/// (`auto`, `require` or `off`), what asks its agent whether they are, the XML of the job, that of a
+/// checkpoint or nothing, and the scratch files. What somebody else has frozen is left so. All that
+/// happens between freezing and thawing is one command line of virsh, which goes on when a part of it
+/// fails. Where that had to be killed, libvirt may begin the job all the same, as soon as it has waited
+/// 30 s for something else.
 pub(in crate::host) fn backup() -> String {
     one_line(&format!(
         r#"{BACKUP} q=$1; ask=$2; b=$3; c=$4; shift 4;

@@ -18,6 +18,7 @@ use super::image::Image;
 use super::journal::{Entry, Journal, Sum};
 use super::map::Map;
 use super::read::Missing;
+use super::reflink::own_places;
 use super::throttle::admit;
 use super::write::{keep_size, punch};
 use crate::failure::Failure;
@@ -182,15 +183,18 @@ impl Overlay {
     }
 
     /// Reserves in `base` the space that applying will need: for blocks that are holes there, and
-    /// for those that are shared with another file.
+    /// for those that are shared with another file. The others are not touched: where there are
+    /// only such, whoever is killed meanwhile leaves the old version with its time.
     pub(super) fn reserve(&self, base: &Image, geometry: Geometry) -> Result<(), Failure> {
         if base.is_device {
             return Ok(());
         }
         check_reservable(base)?;
         let opened = base.metadata()?;
+        let mut places = OwnPlaces::of(base, geometry);
+        let mut is_touched = false;
         let done = self.journal.for_each(|index, entry| {
-            if !matches!(entry, Entry::Data(_)) {
+            if !matches!(entry, Entry::Data(_)) || places.has(index) {
                 return Ok(());
             }
             let run = BlockRun {
@@ -199,6 +203,7 @@ impl Overlay {
             };
             let (offset, len) = geometry.byte_range(run);
             let unshare = FallocateFlags::FALLOC_FL_UNSHARE_RANGE | keep_size();
+            is_touched = true;
             // Plain allocation where the file system shares no blocks.
             let reserved = match base.file.allocate(unshare, offset, len) {
                 Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::EINVAL) => {
@@ -214,7 +219,9 @@ impl Overlay {
             }
         });
         // The old version is as it was, and keeps the time at which it was written.
-        restore_times(base, &opened)?;
+        if is_touched {
+            restore_times(base, &opened)?;
+        }
         done
     }
 
@@ -273,6 +280,40 @@ impl Overlay {
     }
 }
 
+/// Which blocks of a file have a place of their own, looked up for many at a time.
+struct OwnPlaces<'a> {
+    image: &'a Image,
+    geometry: Geometry,
+    run: BlockRun,
+    has: Vec<bool>,
+}
+
+impl<'a> OwnPlaces<'a> {
+    /// Blocks that are looked up at once.
+    const LOOKED_UP: u64 = 256;
+
+    fn of(image: &'a Image, geometry: Geometry) -> Self {
+        Self {
+            image,
+            geometry,
+            run: BlockRun { first: 0, count: 0 },
+            has: Vec::new(),
+        }
+    }
+
+    fn has(&mut self, index: u64) -> bool {
+        if index < self.run.first || index >= self.run.end() {
+            self.run = BlockRun {
+                first: index,
+                count: Self::LOOKED_UP,
+            };
+            self.has = own_places(&self.image.file, self.run, self.geometry.size());
+        }
+        let at = usize::try_from(index - self.run.first).ok();
+        at.and_then(|at| self.has.get(at)).copied().unwrap_or(false)
+    }
+}
+
 /// Gives back the space that [`Overlay::reserve`] took in `base` for what a journal notes, or noted
 /// before a later run changed it to zeros.
 pub(super) fn unreserve(
@@ -284,6 +325,7 @@ pub(super) fn unreserve(
         return Ok(());
     }
     let opened = base.metadata()?;
+    let mut is_touched = false;
     journal.for_each(|index, entry| {
         let run = BlockRun {
             first: index,
@@ -291,12 +333,16 @@ pub(super) fn unreserve(
         };
         if entry != Entry::None && base.is_hole(run, geometry)? {
             let (offset, len) = geometry.byte_range(run);
+            is_touched = true;
             // What cannot be given back is space, and no harm.
             let _ = base.file.allocate(punch(), offset, len);
         }
         Ok(())
     })?;
-    restore_times(base, &opened)
+    match is_touched {
+        true => restore_times(base, &opened),
+        false => Ok(()),
+    }
 }
 
 /// Whether a file system has a way to promise space for blocks that are written in place.

@@ -1,7 +1,8 @@
-//! Files that share their blocks with others: copies that cost nothing, and what two files have in
-//! common without a look at their contents.
+//! Files that share their blocks with others: copies that cost nothing, what two files have in common
+//! without a look at their contents, and which blocks a file shares with none.
 
 use std::io;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
@@ -22,6 +23,7 @@ const FLAG_SYNC: u32 = 1;
 
 /// `FIEMAP_EXTENT_*` of linux/fiemap.h.
 const LAST: u32 = 0x1;
+const UNWRITTEN: u32 = 0x800;
 const MERGED: u32 = 0x1000;
 const SHARED: u32 = 0x2000;
 
@@ -88,6 +90,38 @@ pub(super) fn in_common(
     Ok(same_places(&before, &found, run))
 }
 
+/// Which blocks of a run, up to byte `size`, have a place of their own on the storage, so that a file
+/// system that writes in place needs no more of it for them. Unless it is plain that a block has, it
+/// has not.
+pub(super) fn own_places(file: &DiskFile, run: BlockRun, size: u64) -> Vec<bool> {
+    let end = run.end().saturating_mul(BLOCK_SIZE).min(size);
+    let range = (run.first * BLOCK_SIZE).min(end)..end;
+    // A file system that tells nothing has nothing that is plain.
+    own(&extents(file, range).unwrap_or_default(), run)
+}
+
+fn own(extents: &[Extent], run: BlockRun) -> Vec<bool> {
+    let mut own = known(extents, run);
+    for extent in extents.iter().filter(|extent| extent.place != Place::Own) {
+        own[blocks_of(extent.start, extent.end, run)].fill(false);
+    }
+    own
+}
+
+/// Which blocks of a run begin within these extents.
+fn known(extents: &[Extent], run: BlockRun) -> Vec<bool> {
+    let end = extents.last().map_or(0, |last| last.end);
+    (run.first..run.end())
+        .map(|block| block * BLOCK_SIZE < end)
+        .collect()
+}
+
+/// Where in a run the blocks are of which the bytes from `start` to `end` are a part.
+fn blocks_of(start: u64, end: u64, run: BlockRun) -> RangeInclusive<usize> {
+    let block = |at: u64| usize::try_from(at / BLOCK_SIZE - run.first).expect("at most a window");
+    block(start)..=block(end - 1)
+}
+
 /// A part of a file, and where it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Extent {
@@ -102,8 +136,10 @@ enum Place {
     Hole,
     /// From this byte of the storage on, shared with other files.
     Shared(u64),
-    /// Anything else.
+    /// Somewhere, and shared with nobody.
     Own,
+    /// Anything else.
+    Other,
 }
 
 impl Extent {
@@ -122,17 +158,13 @@ impl Extent {
 /// Which blocks of a run are at the same places in both files; each is given as all extents of one
 /// range, which begins with the run.
 fn same_places(one: &[Extent], other: &[Extent], run: BlockRun) -> Vec<bool> {
-    let blocks = |at: u64| usize::try_from(at / BLOCK_SIZE - run.first).expect("at most a window");
-    let end = one.last().map_or(0, |last| last.end);
-    let mut same: Vec<bool> = (run.first..run.end())
-        .map(|block| block * BLOCK_SIZE < end)
-        .collect();
+    let mut same = known(one, run);
     let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
     let mut at = run.first * BLOCK_SIZE;
     while let (Some(a), Some(b)) = (one.peek(), other.peek()) {
         let till = a.end.min(b.end);
         if !a.is_where(b, at) {
-            same[blocks(at)..=blocks(till - 1)].fill(false);
+            same[blocks_of(at, till, run)].fill(false);
         }
         at = till;
         one.next_if(|extent| extent.end == at);
@@ -165,7 +197,7 @@ struct Found {
 }
 
 /// All of a range, in extents and the holes between them.
-fn extents(file: &DiskFile, range: std::ops::Range<u64>) -> io::Result<Vec<Extent>> {
+fn extents(file: &DiskFile, range: Range<u64>) -> io::Result<Vec<Extent>> {
     let mut extents = Vec::new();
     let mut at = range.start;
     let mut push = |start: u64, end: u64, place: Place| {
@@ -187,7 +219,8 @@ fn extents(file: &DiskFile, range: std::ops::Range<u64>) -> io::Result<Vec<Exten
             push(at, start, Place::Hole);
             let place = match found.flags & !(LAST | MERGED) {
                 SHARED => Place::Shared(found.physical.wrapping_add(start - found.logical)),
-                _ => Place::Own,
+                0 | UNWRITTEN => Place::Own,
+                _ => Place::Other,
             };
             push(start, end, place);
             at = end;
@@ -277,5 +310,22 @@ mod tests {
         // Beyond the end of the file nothing is known.
         assert_eq!(same(&[(16, Hole)], &[(16, Hole)]), [true, false, false]);
         assert_eq!(same(&[], &[]), [false; 3]);
+    }
+
+    #[test]
+    fn a_block_has_its_own_place_where_all_of_it_has() {
+        use Place::{Hole, Other, Own, Shared};
+        let has = |extents: &[(u64, Place)]| {
+            let run = BlockRun { first: 5, count: 3 };
+            own(&file(extents), run)
+        };
+        assert_eq!(has(&[(20, Own), (28, Own)]), [true; 3]);
+        assert_eq!(has(&[(16, Own), (1, Hole), (31, Own)]), [true, false, true]);
+        let shared = [(31, Own), (1, Shared(1 << 20)), (16, Own)];
+        assert_eq!(has(&shared), [true, false, true]);
+        assert_eq!(has(&[(32, Own), (16, Other)]), [true, true, false]);
+        // The last block is short; beyond it nothing is known.
+        assert_eq!(has(&[(17, Own)]), [true, true, false]);
+        assert_eq!(has(&[]), [false; 3]);
     }
 }

@@ -518,6 +518,24 @@ fn the_space_for_holes_is_reserved_and_given_back() {
 }
 
 #[test]
+fn nothing_is_reserved_for_blocks_that_have_their_space() {
+    let ground = Ground::new();
+    File::open(ground.disk()).unwrap().sync_all().unwrap();
+    let changed = || {
+        let found = fs::metadata(ground.disk()).unwrap();
+        (found.ctime(), found.ctime_nsec())
+    };
+    let before = changed();
+    let _refused = Scope::new("allocate@/disk\":1+:ENOSPC");
+    let mut story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+    story.change();
+    story.prepare();
+    assert_eq!(changed(), before, "the old version is not touched");
+    story.finish();
+    assert_eq!(ground.holds("disk"), NEW);
+}
+
+#[test]
 fn space_that_was_reserved_is_given_back_by_whoever_lets_go() {
     let ground = Ground::new();
     let file = File::create(ground.disk()).unwrap();

@@ -244,6 +244,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_cannot_be_undone_is_an_error_at_once_although_it_is_watched() {
+        let host = Host::new("local".parse().unwrap(), Arc::default());
+        let task = Task {
+            begin: &["true"],
+            watch: &["sleep", "30"],
+            undo: &["false"],
+            forget: &["true"],
+        };
+        let Stay::Begun(guard) = host.stand_guard(&task).await.unwrap() else {
+            panic!("it has begun");
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(10), guard.end()).await;
+        assert_eq!(ended.unwrap().unwrap_err().code(), ErrorCode::Io);
+    }
+
+    #[tokio::test]
     async fn what_cannot_be_begun_is_an_error() {
         let host = Host::new("local".parse().unwrap(), Arc::default());
         let error = host

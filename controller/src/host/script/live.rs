@@ -48,11 +48,12 @@ pub(in crate::host) fn resume() -> String {
 /// file systems of the scratch files, which are the others.
 ///
 /// `vir` is virsh with a limit: a guest agent may never answer. SIGTERM is ignored here, and so by
-/// what is started. `room` holds where there is that space. `end` ends the job, if it is still ours,
-/// and waits up to two minutes for that: libvirt 9 hears of a job's end in the thread in which it hears
-/// of all that happens, and a guest agent that comes or goes meanwhile stops that for 30 s, until libvirt
-/// gives up a lock that a backup job does not share. When a scratch file could not grow, QEMU has
-/// paused the guest, which stays so after the job.
+/// what is started. `room` holds where there is that space. `ours` does not hold where libvirt says that
+/// there is no job, or another one: while it says nothing, as when it is started anew, ours may stand.
+/// `end` ends the job, if it is still ours, and waits up to two minutes for that: libvirt 9 hears of a
+/// job's end in the thread in which it hears of all that happens, and a guest agent that comes or goes
+/// meanwhile stops that for 30 s, until libvirt gives up a lock that a backup job does not share. When a
+/// scratch file could not grow, QEMU has paused the guest, which stays so after the job.
 const BACKUP: &str = r#"
     umask 077; LC_ALL=C; export LC_ALL; u=$0; v=$1; s=$2; floor=$3; shift 3;
     vir() { timeout -s KILL 20 virsh -q -c "$u" "$@"; };
@@ -62,11 +63,17 @@ const BACKUP: &str = r#"
             k=$(free "$f"); [ "$k" -ge "$floor" ] || return 1;
         done;
     };
-    ours() { vir backup-dumpxml "$v" 2>/dev/null | grep -qF -- "$s"; };
+    ours() {
+        o=$(vir backup-dumpxml "$v" 2>&1);
+        case $o in
+            (*"$s"*) return 0 ;;
+            ("<domainbackup"*|*"no domain backup job"*|*"Domain not found"*) return 1 ;;
+        esac;
+    };
     end() {
-        t=0;
+        t=0; l=$(($(date +%s) + 120));
         while ours; do
-            [ $t -lt 160 ] || return 1;
+            [ "$(date +%s)" -lt $l ] || { echo "$o" >&2; return 1; };
             [ $((t % 20)) -ne 0 ] || vir domjobabort "$v" >/dev/null 2>&1;
             t=$((t + 1)); if [ $t -lt 50 ]; then sleep 0.1; else sleep 1; fi;
         done;

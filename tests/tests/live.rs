@@ -359,7 +359,8 @@ fn a_run_that_is_killed_leaves_a_guest_that_writes_and_nothing_else() {
             _ => drop(site.a.exec(&["pkill", "-KILL", "-f", "sshd: root"])),
         }
         let run = running.wait();
-        assert_ne!(run.code(), Some(2), "{run}");
+        // Killed, too late, or a connection that broke or was refused.
+        assert!(matches!(run.code(), None | Some(0 | 3 | 6)), "{run}");
         let error = match run.code() {
             None | Some(0) => serde_json::Value::Null,
             Some(_) => run.json()["error"]["message"].clone(),

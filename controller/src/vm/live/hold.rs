@@ -164,8 +164,8 @@ impl Hold {
     /// Lets the VM go. Unless the run went `well`, nothing is built upon its snapshot.
     ///
     /// # Errors
-    /// No space, when the host has let it go before; io, when it could not be let go, so that it may
-    /// not run.
+    /// No space, when the host has let it go before; interrupted, when the host does so by itself; io,
+    /// when it could not be let go, so that it may not run.
     pub(in crate::vm) async fn end(self, well: bool) -> Result<()> {
         let Self {
             guard,
@@ -210,6 +210,13 @@ impl Hold {
             ),
         };
         ended.map_err(|error| {
+            if error.code() == ErrorCode::Interrupted {
+                let host = source.on.host();
+                let message = format!("the connection to {host} broke while {vm} was held there");
+                return Error::new(ErrorCode::Interrupted, message).hint(format!(
+                    "it is let go there; \"kvm-clone-ctl recover {host}\" tells whether it was"
+                ));
+            }
             Error::new(ErrorCode::Io, format!("{vm} {what}"))
                 .caused_by(error.one_line())
                 .hint(hint)

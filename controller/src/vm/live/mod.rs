@@ -139,15 +139,26 @@ impl Reading {
     }
 }
 
-/// Lets a VM go once everything was done with it. That it had to be let go before explains what was
-/// not `done`.
+/// Lets a VM go once everything was done with it. That it had to be let go before, or that nobody held
+/// it any more, explains what was not `done`.
 ///
 /// # Errors
 /// Why it was not done; when the VM could not be let go.
 pub(super) async fn let_end(hold: Option<Hold>, done: Result<()>) -> Result<()> {
     let Some(hold) = hold else { return done };
-    match hold.end(done.is_ok()).await {
-        Err(error) if error.code() == ErrorCode::NoSpace => Err(error),
+    let ended = hold.end(done.is_ok()).await;
+    let explained = |code| match code {
+        ErrorCode::NoSpace => true,
+        ErrorCode::Interrupted => done.as_ref().is_err_and(|error| {
+            !matches!(
+                error.code(),
+                ErrorCode::Interrupted | ErrorCode::Cancelled | ErrorCode::Timeout
+            )
+        }),
+        _ => false,
+    };
+    match ended {
+        Err(error) if explained(error.code()) => Err(error),
         ended => done.and(ended),
     }
 }

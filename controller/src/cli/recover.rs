@@ -70,13 +70,13 @@ pub(super) async fn run(app: &App, args: Arguments) -> Result<()> {
 
 async fn on_host(on: Hypervisor, recovery: Recovery) -> Result<Found> {
     let disks = transfer::recover::recover(on.host(), recovery).await?;
-    let mut found: Vec<Left> = disks.into_iter().map(Left::from).collect();
     let vms = match on.host().share().await {
-        Ok(()) => vm::recover(&on, recovery).await,
+        Ok(()) => vm::recover(&on, recovery, &disks).await,
         // A login that starts an agent and runs no commands sees no VMs.
         Err(error) if error.code() == ErrorCode::MissingRequirement => Ok(Vec::new()),
         Err(error) => Err(error),
     };
+    let mut found: Vec<Left> = disks.into_iter().map(Left::from).collect();
     match vms {
         Ok(vms) => found.extend(vms.into_iter().map(Left::from)),
         // What was done to the disks is told all the same.

@@ -13,6 +13,8 @@ use crate::host::Host;
 pub(super) struct Chosen {
     pub(super) method: Box<dyn Method>,
     pub(super) reason: Option<String>,
+    /// What the user ought to know of it.
+    pub(super) warning: Option<String>,
 }
 
 /// What `auto` takes for a disk that the destination does not have.
@@ -40,12 +42,17 @@ pub(super) async fn choose(context: &Context, request: &Request) -> Result<Chose
         other => (other, None),
     };
     request.options.check(method)?;
+    let warning = request.options.without_meaning(method);
     let method: Box<dyn Method> = match method {
         MethodChoice::Rsync => Box::new(Rsync),
         MethodChoice::Libvirt => Box::new(Scp),
         MethodChoice::Blocksync | MethodChoice::Auto => Box::new(Blocksync::default()),
     };
-    Ok(Chosen { method, reason })
+    Ok(Chosen {
+        method,
+        reason,
+        warning,
+    })
 }
 
 async fn automatic(context: &Context, request: &Request) -> Result<Choice> {

@@ -208,6 +208,7 @@ async fn supervised(
             job.result.method = method.name();
             job.result.method_reason.clone_from(&chosen.reason);
         }
+        jobs[0].result.warnings.extend(chosen.warning);
         method.transfer(context, jobs, parallel, before).await
     };
     let again = "the same command takes the run up again";

@@ -58,6 +58,11 @@ impl MethodChoice {
             Self::Auto => "auto",
         }
     }
+
+    /// Whether a program of the hosts does it, and not our agents.
+    fn is_program(self) -> bool {
+        matches!(self, Self::Rsync | Self::Libvirt)
+    }
 }
 
 /// Whether the source may be in use, and what the user is told of that.
@@ -186,7 +191,7 @@ impl Options {
     /// # Errors
     /// Usage, which names the methods that can.
     pub fn check(&self, method: MethodChoice) -> Result<()> {
-        let by_programs = matches!(method, MethodChoice::Rsync | MethodChoice::Libvirt);
+        let by_programs = method.is_program();
         let (what, can) = match method {
             _ if by_programs && self.read_limit.is_some() => {
                 ("keep --read-limit", "--method blocksync can")
@@ -204,6 +209,32 @@ impl Options {
         };
         let message = format!("the method {} cannot {what}", method.name());
         Err(Error::usage(message).hint(can))
+    }
+
+    /// What was asked for that means nothing to a method, for people; `None` when there is no such
+    /// thing.
+    pub fn without_meaning(&self, method: MethodChoice) -> Option<String> {
+        let asked = [
+            ("--streams", self.streams != Streams::Auto),
+            (
+                "--apply",
+                matches!(self.apply, ApplyChoice::Staged | ApplyChoice::Reflink),
+            ),
+            ("--stage-dir", self.stage_dir.is_some()),
+            ("--verify reread", self.verify == Verification::Reread),
+            ("--hash", self.hash != HashKind::Xxh3),
+            (
+                "--compress",
+                !matches!(self.compression, Compression::Auto | Compression::Off),
+            ),
+            ("--io", self.io != IoChoice::Auto),
+        ];
+        let asked = asked.iter().filter(|(_, is_asked)| *is_asked);
+        let names: Vec<&str> = asked.map(|(name, _)| *name).collect();
+        (method.is_program() && !names.is_empty()).then(|| {
+            let (names, method) = (names.join(", "), method.name());
+            format!("the method {method} does without {names}: --method blocksync does not")
+        })
     }
 }
 
@@ -262,5 +293,28 @@ mod tests {
         let methods = [Auto, Blocksync, Rsync, Libvirt];
         let refused = methods.map(|method| keeping.check(method).is_err());
         assert_eq!(refused, [false, false, true, true]);
+    }
+
+    #[test]
+    fn what_means_nothing_to_a_method_is_named() {
+        use MethodChoice::{Auto, Blocksync, Libvirt, Rsync};
+        let plain = Options {
+            compression: Compression::Off,
+            apply: ApplyChoice::Inplace,
+            full_scan: true,
+            ..Options::default()
+        };
+        let wanting = Options {
+            apply: ApplyChoice::Staged,
+            hash: HashKind::Blake3,
+            ..Options::default()
+        };
+        for method in [Auto, Blocksync, Rsync, Libvirt] {
+            assert_eq!(plain.without_meaning(method), None);
+            let is_named = wanting
+                .without_meaning(method)
+                .is_some_and(|warning| warning.contains("--apply, --hash"));
+            assert_eq!(is_named, matches!(method, Rsync | Libvirt));
+        }
     }
 }

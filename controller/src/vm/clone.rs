@@ -482,7 +482,7 @@ impl Making<'_> {
             .collect();
         let version = Some(self.fit.versions.becomes.clone());
         let version = version.filter(|_| self.fit.subject == Subject::Contents);
-        Lineage::begun(self.survey, self.fit.subject, Vec::new())
+        Lineage::begun(self.survey, self.fit.subject, false, Vec::new())
             .end(self.to, uuid, &paths, version)
             .await?;
         if let Some(replaced) = &self.plan.record.replaced {

@@ -16,7 +16,7 @@ use super::state::{self, Kind};
 use super::survey::Survey;
 use crate::error::{ErrorCode, Result};
 use crate::host::FileFacts;
-use crate::libvirt::{Hypervisor, Image};
+use crate::libvirt::{Domain, Hypervisor, Image};
 use crate::transfer::recover::recover;
 
 /// The version of the file's format. A reader refuses fields that it does not know, so that a
@@ -36,6 +36,10 @@ pub(super) struct Lineage {
     /// A run began to change the disks, and has not ended: they may be anything. One that only
     /// gathers what it will change is not remembered.
     unfinished: bool,
+    /// Once what is left of the unfinished run is seen to, each disk is its old version or its new
+    /// one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    whole: bool,
     /// What the files of the disks were when the last run had ended.
     files: BTreeMap<String, Left>,
     /// What a guest sees was copied, and not the bytes of images: so it is from then on.
@@ -73,8 +77,14 @@ impl Left {
 }
 
 impl Lineage {
-    /// A run from `source` is about to change disks, and these references among them.
-    pub(super) fn begun(source: &Survey, subject: Subject, references: Vec<Reference>) -> Self {
+    /// A run from `source` is about to change disks, and these references among them; `whole` if it
+    /// leaves no mixture wherever it breaks off.
+    pub(super) fn begun(
+        source: &Survey,
+        subject: Subject,
+        whole: bool,
+        references: Vec<Reference>,
+    ) -> Self {
         Self {
             format: FORMAT,
             source_host: source.on.host().to_string(),
@@ -82,6 +92,7 @@ impl Lineage {
             source_uuid: source.domain.definition.uuid(),
             at: now(),
             unfinished: true,
+            whole,
             files: BTreeMap::new(),
             contents: subject == Subject::Contents,
             version: None,
@@ -150,8 +161,33 @@ impl Lineage {
             }
         }
         self.unfinished = false;
+        self.whole = false;
         self.at = now();
         self.write(on, uuid).await
+    }
+
+    /// Ends a run that broke off, if that has left no mixture: from then on it shows when somebody
+    /// else writes to the disks. `broken` are files that are not seen to. Whether it has ended comes
+    /// back.
+    ///
+    /// # Errors
+    /// When the host cannot be asked, or the lineage not written.
+    pub(super) async fn end_broken_off(
+        self,
+        on: &Hypervisor,
+        domain: Domain,
+        broken: &[&str],
+    ) -> Result<bool> {
+        let uuid = domain.definition.uuid();
+        let mut obstacles = Obstacles::default();
+        let target = Survey::of_domain(on, domain, &[], &mut obstacles).await?;
+        let images = target.disks.iter().flat_map(|disk| &disk.images);
+        let paths: Vec<String> = images.map(|image| image.path.clone()).collect();
+        let is_broken = |path: &String| broken.contains(&path.as_str());
+        if !self.whole || !obstacles.into_found().is_empty() || paths.iter().any(is_broken) {
+            return Ok(false);
+        }
+        self.end(on, uuid, &paths, None).await.map(|()| true)
     }
 
     /// The images of `target` that are not what the last run has left.

@@ -6,7 +6,7 @@
 //!  held      the VM is resumed or its backup job ended, and what was made for that is removed
 //!  clones    what was made for a VM that never came to be is removed
 //!  lineage   images that stand on another get their own reference to it again; that a sync has
-//!            not ended stays remembered, for the next one
+//!            not ended stays remembered for the next one where it may have left a mixture
 //! ```
 
 use kvm_clone_protocol::message::{Fate, Recovery};
@@ -19,6 +19,7 @@ use super::state::{self, Kind};
 use crate::error::{Error, Result};
 use crate::libvirt::Hypervisor;
 use crate::libvirt::definition::Definition;
+use crate::transfer::recover::Left as LeftDisk;
 
 /// What a record was about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,18 +43,22 @@ pub struct Left {
     pub note: String,
 }
 
-/// Sees to everything of this kind on a hypervisor, once its disks are seen to.
+/// Sees to everything of this kind on a hypervisor, once its disks are seen to: `disks` is what became
+/// of those.
 ///
 /// # Errors
 /// When the host cannot be reached; what cannot be ended is in the answer.
-pub async fn recover(on: &Hypervisor, recovery: Recovery) -> Result<Vec<Left>> {
+pub async fn recover(on: &Hypervisor, recovery: Recovery, disks: &[LeftDisk]) -> Result<Vec<Left>> {
+    let is_seen_to = |fate| matches!(fate, Fate::Finished | Fate::RolledBack | Fate::Waiting);
+    let broken = disks.iter().filter(|disk| !is_seen_to(disk.fate));
+    let broken: Vec<&str> = broken.map(|disk| disk.path.as_str()).collect();
     let mut all = Vec::new();
     for kind in [Kind::Held, Kind::Clones, Kind::Lineage] {
         if recovery != Recovery::List {
             state::sweep(on, kind).await?;
         }
         for name in state::names(on, kind).await? {
-            let left = see_to(on, kind, &name, recovery).await;
+            let left = see_to(on, kind, &name, recovery, &broken).await;
             all.extend(left.unwrap_or_else(|error| Some(stuck(kind, &name, &error))));
         }
     }
@@ -66,6 +71,7 @@ async fn see_to(
     kind: Kind,
     name: &str,
     recovery: Recovery,
+    broken: &[&str],
 ) -> Result<Option<Left>> {
     let Some(lock) = state::lock(on, kind, name).await? else {
         return running(on, kind, name).await;
@@ -73,7 +79,7 @@ async fn see_to(
     let left = match kind {
         Kind::Held => let_go(on, name, recovery).await,
         Kind::Clones => undo(on, name, recovery).await,
-        Kind::Lineage => reconnect(on, name, recovery).await,
+        Kind::Lineage => reconnect(on, name, recovery, broken).await,
     };
     lock.end().await?;
     left
@@ -142,25 +148,40 @@ async fn undo(on: &Hypervisor, name: &str, recovery: Recovery) -> Result<Option<
     of(Fate::RolledBack, "")
 }
 
-async fn reconnect(on: &Hypervisor, uuid: &str, recovery: Recovery) -> Result<Option<Left>> {
+async fn reconnect(
+    on: &Hypervisor,
+    uuid: &str,
+    recovery: Recovery,
+    broken: &[&str],
+) -> Result<Option<Left>> {
     let Some(lineage) = lineage::unfinished(on, uuid).await? else {
         return Ok(None);
     };
     let Some(domain) = on.find_domain(uuid).await? else {
         return Ok(None);
     };
-    let mut note =
-        "a sync has begun to change its disks and not ended; the next one does".to_owned();
-    if recovery != Recovery::List {
-        for path in lineage.finish_overlays(on).await? {
-            note += &format!("; {path} has got what waited for it");
-        }
-        for path in lineage.restore_references(on).await? {
-            note += &format!("; {path} has its own reference again");
-        }
+    let name = domain.definition.name().to_owned();
+    let waits = "a sync has begun to change its disks and not ended; the next one does";
+    if recovery == Recovery::List {
+        return Ok(Some(left(Kind::Lineage, &name, Fate::Waiting, waits)));
     }
-    let name = domain.definition.name();
-    Ok(Some(left(Kind::Lineage, name, Fate::Waiting, &note)))
+    let mut done = String::new();
+    for path in lineage.finish_overlays(on).await? {
+        done += &format!("; {path} has got what waited for it");
+    }
+    for path in lineage.restore_references(on).await? {
+        done += &format!("; {path} has its own reference again");
+    }
+    let (fate, note) = match lineage.end_broken_off(on, domain, broken).await? {
+        true => (Fate::Finished, "a sync that had begun to change its disks"),
+        false => (Fate::Waiting, waits),
+    };
+    Ok(Some(left(
+        Kind::Lineage,
+        &name,
+        fate,
+        &format!("{note}{done}"),
+    )))
 }
 
 fn left(kind: Kind, name: &str, fate: Fate, note: &str) -> Left {

@@ -3,6 +3,8 @@
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
+use kvm_clone_protocol::message::ApplyChoice;
+
 use super::checkpoint::Checkpoint;
 use super::container::{self, Containers};
 use super::lineage::{self, Lineage};
@@ -128,7 +130,9 @@ async fn copy(
         Subject::Images => Reference::replaced(&fit.source, &fit.target),
         Subject::Contents => Vec::new(),
     };
-    let mut lineage = Lineage::begun(&fit.source, fit.subject, references);
+    let options = &fit.options;
+    let whole = options.method == MethodChoice::Blocksync && options.apply != ApplyChoice::Inplace;
+    let mut lineage = Lineage::begun(&fit.source, fit.subject, whole, references);
     let images = match fit.subject {
         Subject::Images => Vec::new(),
         Subject::Contents => container::of_target(&fit.source, &fit.target),
@@ -161,10 +165,7 @@ async fn look(
     fit: &mut Fit,
     result: &mut VmResult,
 ) -> Result<()> {
-    let reading = match fit.subject {
-        Subject::Images => Reading::Still,
-        Subject::Contents => Reading::Contents,
-    };
+    let reading = Reading::to_look_at(&fit.target, fit.subject);
     let shown = Hold::begin(&fit.target, reading, None, &mut result.warnings).await?;
     if let Some(shown) = &shown {
         shown.redirect_destination(&mut fit.moves);

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use super::lineage;
-use super::live::{self, Hold, Quiesce, Reading};
+use super::live::{self, Hold, Reading};
 use super::obstacle::{Obstacles, to_error};
 use super::pairs::{self, Subject};
 use super::result::VmResult;
@@ -79,11 +79,7 @@ async fn verify(
     let holds = lineage::holds(&source, &target).await?;
     let subject = Subject::between(&source, &target, holds.contents);
     let mut moves = pairs::pair(&source, &target, subject, &mut obstacles);
-    let readings = [&source, &target].map(|survey| match (subject, survey.domain.state.is_off()) {
-        (Subject::Images, _) => Reading::Still,
-        (Subject::Contents, true) => Reading::Contents,
-        (Subject::Contents, false) => Reading::Snapshot(Quiesce::Auto),
-    });
+    let readings = [&source, &target].map(|survey| Reading::to_look_at(survey, subject));
     let found = obstacles.into_found();
     let what = format!(
         "cannot compare {} with {name} on {}",

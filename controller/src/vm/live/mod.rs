@@ -4,6 +4,7 @@
 use std::str::FromStr;
 
 use super::obstacle::Obstacles;
+use super::pairs::Subject;
 use super::survey::Survey;
 use crate::cli::options::BadValue;
 use crate::error::{ErrorCode, Result};
@@ -109,6 +110,15 @@ pub(super) enum Reading {
 }
 
 impl Reading {
+    /// How a VM is read that is only looked at.
+    pub(super) fn to_look_at(survey: &Survey, subject: Subject) -> Self {
+        match (subject, survey.domain.state.is_off()) {
+            (Subject::Images, _) => Self::Still,
+            (Subject::Contents, true) => Self::Contents,
+            (Subject::Contents, false) => Self::Snapshot(Quiesce::Auto),
+        }
+    }
+
     /// How what the guest sees is read, and not the bytes of images: a VM that runs has those to
     /// itself, and only QEMU can show it.
     pub(super) fn of_contents(self, source: &Survey, obstacles: &mut Obstacles) -> Self {

@@ -134,10 +134,11 @@ fn every_copy_of_a_vm_that_writes_is_one_instant_and_the_guest_is_not_stopped() 
         .take(began + 1)
         .map(|line| line.len() + 1)
         .sum();
-    let pauses = site.a.pauses("busy", since);
-    let longest = pauses.iter().max().copied().unwrap_or_default();
-    println!("{last} records; longest pause {longest} ms");
-    assert!(longest <= PAUSE, "{pauses:?}");
+    let mut pauses = site.a.pauses("busy", since);
+    pauses.sort_unstable_by(|a, b| b.cmp(a));
+    pauses.truncate(count("KVM_CLONE_LIVE_SYNCS", 3));
+    println!("{last} records; longest pauses {pauses:?} ms");
+    assert!(pauses[0] <= PAUSE, "{pauses:?}");
     // What was written since is a difference, and the first disk has none.
     let verify = pair.run("verify", &[]).expect_code(7).json();
     assert_eq!(verify["disks"][0]["blocks_changed"], 0, "{verify}");

@@ -27,6 +27,8 @@ pub struct Backup<'a> {
     pub checkpoint: &'a str,
     /// How the guest's file systems are frozen: `auto`, `require` or `off`.
     pub quiesce: &'a str,
+    /// Bytes of each disk, in the order of the scratch files.
+    pub sizes: &'a [u64],
     /// Where it puts what it needs.
     pub place: Place<'a>,
 }
@@ -103,7 +105,10 @@ impl Host {
         let scratch: Vec<&str> = place.scratch.iter().map(String::as_str).collect();
         let [mut begin, mut watch, mut undo] =
             texts.each_ref().map(|text| place.words(text, vm, &floor));
-        begin.extend([backup.quiesce, FREEZE_STATUS, backup.job, backup.checkpoint]);
+        let sizes: Vec<String> = backup.sizes.iter().map(u64::to_string).collect();
+        let sizes = sizes.join(" ");
+        begin.extend([backup.quiesce, FREEZE_STATUS, backup.job]);
+        begin.extend([backup.checkpoint, &sizes]);
         for words in [&mut begin, &mut watch, &mut undo] {
             words.extend(&scratch);
         }

@@ -86,13 +86,20 @@ const BACKUP: &str = r#"
 
 /// Begins a backup job: after what all have come `$4`, how the guest's file systems are frozen
 /// (`auto`, `require` or `off`), what asks its agent whether they are, the XML of the job, that of a
-/// checkpoint or nothing, and the scratch files. What somebody else has frozen is left so. All that
-/// happens between freezing and thawing is one command line of virsh, which goes on when a part of it
-/// fails. Where that had to be killed, libvirt may begin the job all the same, as soon as it has waited
-/// 30 s for something else.
+/// checkpoint or nothing, the bytes of each disk, and the scratch files. These are made ahead, where
+/// `qemu-img` can, for a guest that is frozen waits for all that libvirt has to make. What somebody
+/// else has frozen is left so. All that happens between freezing and thawing is one command line of
+/// virsh, which goes on when a part of it fails. Where that had to be killed, libvirt may begin the job
+/// all the same, as soon as it has waited 30 s for something else.
 pub(in crate::host) fn backup() -> String {
     one_line(&format!(
-        r#"{BACKUP} q=$1; ask=$2; b=$3; c=$4; shift 4;
+        r#"{BACKUP} q=$1; ask=$2; b=$3; c=$4; z=$5; shift 5;
+        make() {{
+            for f in "$@"; do
+                qemu-img create -q -f qcow2 -- "$f" "${{z%% *}}" || {{ rm -f -- "$@"; return 1; }};
+                z=${{z#* }};
+            done;
+        }};
         thaw() {{
             for t in 1 2 3 4 5 6; do vir domfsthaw "$v" >/dev/null 2>&1 && return 0; sleep 1; done;
             echo "the file systems of the guest may still be frozen: virsh domfsthaw $v" >&2;
@@ -110,6 +117,7 @@ pub(in crate::host) fn backup() -> String {
             fi;
         fi;
         now="backup-begin $v $x/b $c";
+        if make "$@" >/dev/null 2>&1; then now="$now --reuse-external"; fi;
         [ "$q" = off ] || now="domfsfreeze $v; $now; domfsthaw $v";
         timeout -s KILL 20 virsh -c "$u" "$now" >"$x/o" 2>"$x/e"; k=$?;
         r=0; frozen=;

@@ -177,11 +177,14 @@ impl Snapshot<'_> {
                 is_tracked: *is_tracked,
             })
             .collect();
+        let sizes = self.source.disks.iter().map(SurveyedDisk::size_bytes);
+        let sizes: Vec<u64> = sizes.collect();
         let name = self.becomes.filter(|_| wanted.is_tracked.contains(&true));
         let backup = Backup {
             job: &backup_job(&self.socket, &disks),
             checkpoint: &name.map_or_else(String::new, |name| checkpoint(name, &disks)),
             quiesce: self.quiesce.as_str(),
+            sizes: &sizes,
             place: Place {
                 socket: &self.socket,
                 scratch: &self.scratch,

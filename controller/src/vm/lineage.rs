@@ -167,26 +167,19 @@ impl Lineage {
     }
 
     /// Ends a run that broke off, if that has left no mixture: from then on it shows when somebody
-    /// else writes to the disks. `broken` are files that are not seen to. Whether it has ended comes
-    /// back.
+    /// else writes to the disks. Whether it has ended comes back.
     ///
     /// # Errors
     /// When the host cannot be asked, or the lineage not written.
-    pub(super) async fn end_broken_off(
-        self,
-        on: &Hypervisor,
-        domain: Domain,
-        broken: &[&str],
-    ) -> Result<bool> {
+    pub(super) async fn end_broken_off(self, on: &Hypervisor, domain: Domain) -> Result<bool> {
         let uuid = domain.definition.uuid();
         let mut obstacles = Obstacles::default();
         let target = Survey::of_domain(on, domain, &[], &mut obstacles).await?;
-        let images = target.disks.iter().flat_map(|disk| &disk.images);
-        let paths: Vec<String> = images.map(|image| image.path.clone()).collect();
-        let is_broken = |path: &String| broken.contains(&path.as_str());
-        if !self.whole || !obstacles.into_found().is_empty() || paths.iter().any(is_broken) {
+        if !self.whole || !obstacles.into_found().is_empty() {
             return Ok(false);
         }
+        let images = target.disks.iter().flat_map(|disk| &disk.images);
+        let paths: Vec<String> = images.map(|image| image.path.clone()).collect();
         self.end(on, uuid, &paths, None).await.map(|()| true)
     }
 

@@ -19,7 +19,6 @@ use super::state::{self, Kind};
 use crate::error::{Error, Result};
 use crate::libvirt::Hypervisor;
 use crate::libvirt::definition::Definition;
-use crate::transfer::recover::Left as LeftDisk;
 
 /// What a record was about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,22 +42,23 @@ pub struct Left {
     pub note: String,
 }
 
-/// Sees to everything of this kind on a hypervisor, once its disks are seen to: `disks` is what became
-/// of those.
+/// Sees to everything of this kind on a hypervisor, once its disks are seen to: `disks_are_whole` if
+/// that left none as a mixture.
 ///
 /// # Errors
 /// When the host cannot be reached; what cannot be ended is in the answer.
-pub async fn recover(on: &Hypervisor, recovery: Recovery, disks: &[LeftDisk]) -> Result<Vec<Left>> {
-    let is_seen_to = |fate| matches!(fate, Fate::Finished | Fate::RolledBack | Fate::Waiting);
-    let broken = disks.iter().filter(|disk| !is_seen_to(disk.fate));
-    let broken: Vec<&str> = broken.map(|disk| disk.path.as_str()).collect();
+pub async fn recover(
+    on: &Hypervisor,
+    recovery: Recovery,
+    disks_are_whole: bool,
+) -> Result<Vec<Left>> {
     let mut all = Vec::new();
     for kind in [Kind::Held, Kind::Clones, Kind::Lineage] {
         if recovery != Recovery::List {
             state::sweep(on, kind).await?;
         }
         for name in state::names(on, kind).await? {
-            let left = see_to(on, kind, &name, recovery, &broken).await;
+            let left = see_to(on, kind, &name, recovery, disks_are_whole).await;
             all.extend(left.unwrap_or_else(|error| Some(stuck(kind, &name, &error))));
         }
     }
@@ -71,7 +71,7 @@ async fn see_to(
     kind: Kind,
     name: &str,
     recovery: Recovery,
-    broken: &[&str],
+    disks_are_whole: bool,
 ) -> Result<Option<Left>> {
     let Some(lock) = state::lock(on, kind, name).await? else {
         return running(on, kind, name).await;
@@ -79,7 +79,7 @@ async fn see_to(
     let left = match kind {
         Kind::Held => let_go(on, name, recovery).await,
         Kind::Clones => undo(on, name, recovery).await,
-        Kind::Lineage => reconnect(on, name, recovery, broken).await,
+        Kind::Lineage => reconnect(on, name, recovery, disks_are_whole).await,
     };
     lock.end().await?;
     left
@@ -152,7 +152,7 @@ async fn reconnect(
     on: &Hypervisor,
     uuid: &str,
     recovery: Recovery,
-    broken: &[&str],
+    disks_are_whole: bool,
 ) -> Result<Option<Left>> {
     let Some(lineage) = lineage::unfinished(on, uuid).await? else {
         return Ok(None);
@@ -172,7 +172,8 @@ async fn reconnect(
     for path in lineage.restore_references(on).await? {
         done += &format!("; {path} has its own reference again");
     }
-    let (fate, note) = match lineage.end_broken_off(on, domain, broken).await? {
+    let has_ended = disks_are_whole && lineage.end_broken_off(on, domain).await?;
+    let (fate, note) = match has_ended {
         true => (Fate::Finished, "a sync that had begun to change its disks"),
         false => (Fate::Waiting, waits),
     };

@@ -36,8 +36,8 @@ pub(super) struct Lineage {
     /// A run began to change the disks, and has not ended: they may be anything. One that only
     /// gathers what it will change is not remembered.
     unfinished: bool,
-    /// Once what is left of the unfinished run is seen to, each disk is its old version or its new
-    /// one.
+    /// Once what is left of the unfinished run is seen to, all disks are their old version, or all
+    /// their new one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     whole: bool,
     /// What the files of the disks were when the last run had ended.

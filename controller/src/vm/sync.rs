@@ -130,13 +130,17 @@ async fn copy(
         Subject::Images => Reference::replaced(&fit.source, &fit.target),
         Subject::Contents => Vec::new(),
     };
-    let options = &fit.options;
-    let whole = options.method == MethodChoice::Blocksync && options.apply != ApplyChoice::Inplace;
-    let mut lineage = Lineage::begun(&fit.source, fit.subject, whole, references);
     let images = match fit.subject {
         Subject::Images => Vec::new(),
         Subject::Contents => container::of_target(&fit.source, &fit.target),
     };
+    let options = &fit.options;
+    let by_agents =
+        options.method == MethodChoice::Blocksync && options.apply != ApplyChoice::Inplace;
+    // Raw disks count before the overlays beside them do.
+    let at_once = images.is_empty() || images.len() == fit.moves.len();
+    let whole = by_agents && at_once;
+    let mut lineage = Lineage::begun(&fit.source, fit.subject, whole, references);
     let containers = Containers::open(to, fit.target.name(), &uuid.to_string(), images).await?;
     if let Some(containers) = &containers {
         containers.redirect(&mut fit.moves, &fit.versions);

@@ -172,10 +172,13 @@ impl Lineage {
     /// # Errors
     /// When the host cannot be asked, or the lineage not written.
     pub(super) async fn end_broken_off(self, on: &Hypervisor, domain: Domain) -> Result<bool> {
+        if !self.whole {
+            return Ok(false);
+        }
         let uuid = domain.definition.uuid();
         let mut obstacles = Obstacles::default();
         let target = Survey::of_domain(on, domain, &[], &mut obstacles).await?;
-        if !self.whole || !obstacles.into_found().is_empty() {
+        if !obstacles.into_found().is_empty() {
             return Ok(false);
         }
         let images = target.disks.iter().flat_map(|disk| &disk.images);

@@ -126,13 +126,9 @@ async fn copy(
     result: &mut VmResult,
 ) -> Result<()> {
     let (to, uuid) = (&fit.target.on, fit.target.domain.definition.uuid());
-    let references = match fit.subject {
-        Subject::Images => Reference::replaced(&fit.source, &fit.target),
-        Subject::Contents => Vec::new(),
-    };
-    let images = match fit.subject {
-        Subject::Images => Vec::new(),
-        Subject::Contents => container::of_target(&fit.source, &fit.target),
+    let (references, images) = match fit.subject {
+        Subject::Images => (Reference::replaced(&fit.source, &fit.target), Vec::new()),
+        Subject::Contents => (Vec::new(), container::of_target(&fit.source, &fit.target)),
     };
     let options = &fit.options;
     let by_agents =

@@ -28,24 +28,41 @@ fn expect_found(run: &Run, kind: &str, name: &str, state: &str) {
     }
 }
 
-/// Has the host's `qemu-img` stop where it is about to write a reference.
-fn stop_at_references(on: &Hypervisor) {
-    on.run(&[
-        "sh",
-        "-c",
-        "cp /usr/bin/qemu-img /tmp/qemu-img.real; \
-         printf '#!/bin/sh\\ncase $1 in rebase) touch /tmp/stopped; sleep 600;; esac\\nexec /tmp/qemu-img.real \"$@\"\\n' >/tmp/qemu-img; \
-         chmod +x /tmp/qemu-img; mount --bind /tmp/qemu-img /usr/bin/qemu-img",
-    ]);
+/// What a program of a host does in place of its work from then on, when its words are such.
+fn instead(on: &Hypervisor, program: &str, words: &str, does: &str) {
+    let script = format!(
+        "real=$(command -v {program}); cp $real /tmp/{program}.real; \
+         printf '%s\\n' '#!/bin/sh' 'case \"$*\" in {words}) {does} ;; esac' \
+         'exec /tmp/{program}.real \"$@\"' >/tmp/{program}; \
+         chmod +x /tmp/{program}; mount --bind /tmp/{program} $real"
+    );
+    on.run(&["sh", "-c", &script]);
+}
+
+/// The end of that.
+fn as_ever(on: &Hypervisor, program: &str) {
+    let script = format!("umount -l $(command -v {program})");
+    on.run(&["sh", "-c", &script]);
+}
+
+/// Has a program of the host stop, when its words are such.
+fn stop(on: &Hypervisor, program: &str, words: &str) {
+    let does = "touch /tmp/stopped; exec sleep 61234";
+    instead(on, program, words, does);
+}
+
+fn wait_for_stop(on: &Hypervisor) {
+    let stopped = || on.exec(&["test", "-e", "/tmp/stopped"]).status.success();
+    wait_for("the program that stops", PATIENCE, || {
+        stopped().then_some(())
+    });
 }
 
 /// The end of that, and of the one that stopped.
-fn go_on(on: &Hypervisor) {
-    on.run(&[
-        "sh",
-        "-c",
-        "pkill -9 -f '[q]emu-img rebase'; umount -l /usr/bin/qemu-img; rm /tmp/stopped",
-    ]);
+fn go_on(on: &Hypervisor, program: &str) {
+    as_ever(on, program);
+    on.run(&["rm", "/tmp/stopped"]);
+    let _ = on.exec(&["pkill", "-9", "-f", "[s]leep 61234"]);
 }
 
 fn killed(running: Running) {
@@ -81,7 +98,7 @@ fn a_sync_that_breaks_off_before_a_reference_is_restored_is_ended_by_recover_or_
     };
     let top = "/var/lib/libvirt/images/l2-vda.qcow2";
     let info = |options: &str| {
-        let words = format!("/tmp/qemu-img.real info {options} {top}");
+        let words = format!("qemu-img info {options} {top}");
         site.b.run(&["sh", "-c", &words])
     };
     let write = |pattern: &str| {
@@ -96,17 +113,11 @@ fn a_sync_that_breaks_off_before_a_reference_is_restored_is_ended_by_recover_or_
         ("4", "rsync", true),
     ] {
         write(pattern);
-        stop_at_references(&site.b);
+        stop(&site.b, "qemu-img", "rebase*");
         let running = sync(method);
-        let stopped = || {
-            site.b
-                .exec(&["test", "-e", "/tmp/stopped"])
-                .status
-                .success()
-        };
-        wait_for("the reference", PATIENCE, || stopped().then_some(()));
+        wait_for_stop(&site.b);
         killed(running);
-        go_on(&site.b);
+        go_on(&site.b, "qemu-img");
         assert!(info("").contains("/lay-base.qcow2"), "{}", info(""));
         if by_recover {
             let dry = site.controller.run(["recover", "hvB", "--dry-run"]);
@@ -326,4 +337,154 @@ fn a_vm_that_was_left_suspended_is_resumed_by_recover_and_by_nobody_while_it_is_
     assert_eq!(state(), "running", "{run}");
     assert!(found(&recover(&[])).is_empty());
     site.a.assert_tidy();
+}
+
+/// A VM with two raw disks on hvA, and one on hvB that follows it, whose second disk is qcow2.
+struct Mixed {
+    site: Site,
+}
+
+impl Mixed {
+    fn start(spec: &SiteSpec) -> Option<Self> {
+        let site = Site::with(spec)?;
+        let vm = Vm::new("web");
+        site.define(
+            &site.a,
+            &vm.clone().disks(&[("vda", "raw"), ("vdb", "raw")]),
+        );
+        site.define(&site.b, &vm.disks(&[("vda", "raw"), ("vdb", "qcow2")]));
+        let mixed = Self { site };
+        mixed.write(0);
+        mixed.sync().wait().expect_code(5);
+        mixed.start_sync(&["--overwrite"]).wait().expect_code(0);
+        Some(mixed)
+    }
+
+    fn start_sync(&self, options: &[&str]) -> Running {
+        let words = ["sync", "hvA", "hvB", "web", "--method", "blocksync"];
+        self.site.controller.start(words.iter().chain(options))
+    }
+
+    fn sync(&self) -> Running {
+        self.start_sync(&[])
+    }
+
+    /// Both disks of the source become this version.
+    fn write(&self, version: u8) {
+        for image in ["web-vda.raw", "web-vdb.raw"] {
+            let command = format!("write -q -P {version} 1M 1M");
+            let path = format!("/var/lib/libvirt/images/{image}");
+            let words = ["qemu-io", "-f", "raw", "-c", &command, &path];
+            self.site.a.run(&words);
+        }
+    }
+
+    /// Claims that both disks of the copy are this version.
+    fn expect(&self, version: u8, why: &str) {
+        for (format, image) in [("raw", "web-vda.raw"), ("qcow2", "web-vdb.qcow2")] {
+            let command = format!("read -P {version} 1M 1M");
+            let path = format!("/var/lib/libvirt/images/{image}");
+            let words = ["qemu-io", "-r", "-f", format, "-c", &command, &path];
+            let read = self.site.b.run(&words);
+            assert!(!read.contains("failed"), "{why}: {image}: {read}");
+        }
+    }
+}
+
+/// The one has its raw disk replaced, the other has it changed.
+fn both_kinds_of_file_systems() -> [SiteSpec; 2] {
+    [SiteSpec::default(), SiteSpec::without_reflinks()]
+}
+
+#[test]
+fn raw_disks_and_overlays_beside_them_come_to_count_together_wherever_a_run_is_killed() {
+    for spec in both_kinds_of_file_systems() {
+        let Some(mixed) = Mixed::start(&spec) else {
+            return;
+        };
+        let site = &mixed.site;
+        let mut version = 0;
+        // The overlays are named, and the agents have committed nothing yet.
+        let named = ("sync", "*/kvm-clone/lineage", false);
+        // They have, and no image is changed yet.
+        let committed = ("mv", "*.kc-applying", true);
+        let applying = ("qemu-img", "commit*", true);
+        let recover = &["recover", "hvB"][..];
+        for ((program, words, counts), by) in [
+            (named, recover),
+            (named, &["recover", "hvB", "--keep"]),
+            (named, &[]),
+            (committed, recover),
+            (committed, &[]),
+            (applying, recover),
+        ] {
+            mixed.write(version + 1);
+            stop(&site.b, program, words);
+            let running = mixed.sync();
+            wait_for_stop(&site.b);
+            killed(running);
+            go_on(&site.b, program);
+            let why = format!("{program}, then {by:?}");
+            wait_for("the end of the agent", PATIENCE, || {
+                site.b.agents().is_empty().then_some(())
+            });
+            if !by.is_empty() {
+                let run = site.controller.run(by);
+                for found in found(run.expect_code(0)) {
+                    let is_open = found["kind"] != "disk" && found["state"] != "finished";
+                    assert!(!is_open, "{why}: {run}");
+                }
+                mixed.expect(version + u8::from(counts), &why);
+                site.b.run(&["test", "!", "-e", OVERLAY]);
+            }
+            let next = mixed.sync().wait();
+            let told = next.expect_json()["warnings"].to_string();
+            let is_ended = told.contains("web-vdb.qcow2 was committed");
+            assert_eq!(is_ended, by.is_empty() && counts, "{why}: {next}");
+            version += 1;
+            mixed.expect(version, &why);
+        }
+        site.b.assert_tidy();
+    }
+}
+
+const OVERLAY: &str = "/var/lib/libvirt/images/.web-vdb.qcow2.kc-overlay";
+
+#[test]
+fn where_an_overlay_has_no_room_to_be_applied_the_raw_disks_beside_it_stay_too() {
+    for spec in both_kinds_of_file_systems() {
+        let Some(mixed) = Mixed::start(&spec) else {
+            return;
+        };
+        let site = &mixed.site;
+        mixed.write(7);
+        instead(&site.b, "stat", "-f*", "echo 0 4096 1 ext4; exit");
+        let run = mixed.sync().wait();
+        as_ever(&site.b, "stat");
+        run.expect_failure(8, &["no_space"], "web-vdb.qcow2");
+        mixed.expect(0, "no room");
+        site.b.run(&["test", "!", "-e", OVERLAY]);
+        mixed.sync().wait().expect_code(0);
+        mixed.expect(7, "room");
+        site.b.assert_tidy();
+    }
+}
+
+#[test]
+fn a_vm_whose_disks_may_be_of_two_versions_is_not_read() {
+    let Some(mixed) = Mixed::start(&SiteSpec::default()) else {
+        return;
+    };
+    let site = &mixed.site;
+    mixed.write(1);
+    stop(&site.b, "mv", "*.kc-applying");
+    let running = mixed.sync();
+    wait_for_stop(&site.b);
+    killed(running);
+    go_on(&site.b, "mv");
+    let clone = ["clone", "hvB", "hvA", "web", "--new-name", "w2"];
+    let run = site.controller.run(clone);
+    run.expect_failure(5, &["refused"], "a sync onto web on hvB broke off");
+    site.controller.run(["recover", "hvB"]).expect_code(0);
+    site.controller.run(clone).expect_code(0);
 }

@@ -70,10 +70,8 @@ pub(super) async fn run(app: &App, args: Arguments) -> Result<()> {
 
 async fn on_host(on: Hypervisor, recovery: Recovery) -> Result<Found> {
     let disks = transfer::recover::recover(on.host(), recovery).await?;
-    let is_mixed = |fate| matches!(fate, Fate::Torn | Fate::Stuck | Fate::Unfinished);
-    let disks_are_whole = disks.iter().all(|disk| !is_mixed(disk.fate));
     let vms = match on.host().share().await {
-        Ok(()) => vm::recover(&on, recovery, disks_are_whole).await,
+        Ok(()) => vm::recover(&on, recovery, &disks).await,
         // A login that starts an agent and runs no commands sees no VMs.
         Err(error) if error.code() == ErrorCode::MissingRequirement => Ok(Vec::new()),
         Err(error) => Err(error),

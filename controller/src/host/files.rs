@@ -88,6 +88,17 @@ impl Host {
         Ok(Some(facts))
     }
 
+    /// Where a path leads to, which exists: without symbolic links.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or may not look.
+    pub async fn real_path(&self, path: &str) -> Result<String> {
+        let said = self
+            .tool_output(&["readlink", "-f", "--", path], b"")
+            .await?;
+        Ok(said.trim_end_matches('\n').to_owned())
+    }
+
     /// The file system of an existing directory.
     ///
     /// # Errors
@@ -255,6 +266,11 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(names.unwrap(), ["-a 'b\" $(c)"]);
+        let link = path_in(&directory, "link");
+        std::os::unix::fs::symlink(&odd, &link).unwrap();
+        let real = std::fs::canonicalize(&odd).unwrap();
+        let leads_to = host.real_path(&link).await.unwrap();
+        assert_eq!(Some(leads_to.as_str()), real.to_str());
         host.remove(std::slice::from_ref(&odd)).await.unwrap();
         assert_eq!(host.file_facts(&odd).await.unwrap(), None);
     }

@@ -5,14 +5,13 @@
 //!                        └ dry run ends   └ from here on a failure removes what was made
 //! ```
 
-use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::time::Instant;
 
 use super::checks::{self, Destination};
 use super::container::{self, Containers};
-use super::lineage::Lineage;
+use super::lineage::{self, Lineage};
 use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Versions};
 use super::naming;
 use super::network::NetworkConfig;
@@ -229,6 +228,7 @@ async fn prepare(
     result.vm = survey.name().to_owned();
     result.target_vm = request.new_name(&survey).to_owned();
     live::mend(from, &mut survey, &mut result.warnings).await?;
+    lineage::check_source(&survey, &mut obstacles).await?;
     let destination = Destination::survey(to).await?;
     let mut options = request.options.clone();
     let mut reading = request
@@ -371,7 +371,11 @@ impl Making<'_> {
         container::name_results(&mut disks, &files);
         result.take_disks(disks);
         match containers {
-            Some(containers) => containers.end(done).await?.commit(&BTreeMap::new()).await?,
+            Some(containers) => {
+                let (written, ended) = containers.end().await;
+                done.and(ended)?;
+                written.name().await?;
+            }
             None => done?,
         }
         for file in self.plan.files.iter().filter(|file| file.public) {

@@ -9,23 +9,21 @@
 //! ```
 //!
 //! So the image is the old one or the new one: for the time of the last step it has no name, and the
-//! lineage tells whoever comes after a run that broke off just then to do that step.
-
-use std::collections::BTreeMap;
+//! lineage tells whoever comes after a run that broke off just then to do that step
+//! ([`Overlays`]).
 
 use kvm_clone_protocol::message::History;
 
-use super::lineage::Left;
-use super::live::{Exhibit, Versions};
+use super::live::{Exhibit, Versions, export_directory};
 use super::naming;
+use super::overlays::Overlays;
 use super::result::DiskResult;
 use super::survey::Survey;
 use super::transfers::Move;
 use crate::endpoint::{DiskLocation, NbdUri};
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::Result;
 use crate::host::{Export, Guard, export_socket};
 use crate::libvirt::Hypervisor;
-use crate::output;
 
 /// An image that gets what a guest sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,7 +85,7 @@ pub(super) struct Containers {
     _lock: Guard,
 }
 
-/// Images whose servers have ended: whole, and not yet in their places.
+/// Images whose servers have ended, not yet in their places.
 #[derive(Debug)]
 pub(super) struct Written {
     on: Hypervisor,
@@ -130,7 +128,7 @@ impl Containers {
         let (servers, lock) = exhibit.open(written.make()).await?;
         Ok(Some(Self {
             on: on.clone(),
-            directory: exhibit.directory(),
+            directory: export_directory(uuid),
             servers,
             _lock: lock,
             all: written.all,
@@ -155,30 +153,26 @@ impl Containers {
         }
     }
 
-    /// Ends the servers. What was written is whole, if it was `copied`; else, and when there is no
-    /// room for it, nothing is left of it.
+    /// Makes what the overlays hold durable, which the agents have had written, and notes them and
+    /// the disks `beside` them.
     ///
     /// # Errors
-    /// That of the copy; when a server does not end well; no space.
-    pub(super) async fn end(self, copied: Result<()>) -> Result<Written> {
+    /// As [`Overlays::note`].
+    pub(super) async fn note(&self, beside: &[String]) -> Result<Overlays> {
+        let older = self.all.iter().filter(|each| each.exists);
+        let images: Vec<String> = older.map(|each| each.path.clone()).collect();
+        Overlays::note(&self.on, &images, beside).await
+    }
+
+    /// Ends the servers, and says whether they ended well.
+    pub(super) async fn end(self) -> (Written, Result<()>) {
         let Self {
             on, all, servers, ..
         } = self;
         let ended = servers.end().await;
         let ended = ended
             .map_err(|error| error.context("what was written through qemu-nbd may not be whole"));
-        let written = Written { on, all };
-        let whole = match copied.and(ended) {
-            Ok(()) => written.prepare().await,
-            Err(error) => Err(error),
-        };
-        match whole {
-            Ok(()) => Ok(written),
-            Err(error) => {
-                written.discard().await?;
-                Err(error)
-            }
-        }
+        (Written { on, all }, ended)
     }
 }
 
@@ -218,134 +212,36 @@ impl Written {
         }))
     }
 
-    /// What the images are that stand below overlays, for [`commit`](Self::commit).
-    ///
-    /// # Errors
-    /// When the host cannot be asked.
-    pub(super) async fn images(&self) -> Result<BTreeMap<String, Left>> {
-        let mut images = BTreeMap::new();
-        for each in self.all.iter().filter(|each| each.exists) {
-            if let Some(facts) = self.on.host().file_facts(&each.path).await? {
-                images.insert(each.path.clone(), Left::of(&facts));
-            }
-        }
-        Ok(images)
-    }
-
     /// The overlays among them.
     fn overlays(&self) -> Vec<String> {
         let overlays = self.all.iter().filter(|each| each.exists);
         overlays.map(Container::written).collect()
     }
 
-    /// Makes them durable, and sees that there is room for [`commit`](Self::commit).
-    async fn prepare(&self) -> Result<()> {
-        let host = self.on.host();
-        for each in &self.all {
-            let written = each.written();
-            host.tool_output(&["sync", "--", &written], b"").await?;
-            if !each.exists {
-                continue;
-            }
-            let (directory, _) = naming::split(&each.path);
-            let facts = host.file_facts(&written).await?;
-            let needed = facts.map_or(0, |facts| facts.allocated_bytes);
-            let free = host.space(directory).await?.free_bytes;
-            if free < needed {
-                let (free, needed) = (output::iec(free), output::iec(needed));
-                return Err(Error::new(
-                    ErrorCode::NoSpace,
-                    format!(
-                        "{directory} on {host} has {free} free, and up to {needed} more go into {}",
-                        each.path
-                    ),
-                )
-                .hint("make room there"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts them in their places.
+    /// Gives new images their names, once they are durable.
     ///
     /// # Errors
     /// When one cannot be; it can be done again.
-    pub(super) async fn commit(&self, images: &BTreeMap<String, Left>) -> Result<()> {
-        commit(&self.on, images).await?;
+    pub(super) async fn name(&self) -> Result<()> {
+        let host = self.on.host();
         for each in self.all.iter().filter(|each| !each.exists) {
-            let words = ["mv", "-f", "-T", "--", &each.written(), &each.path];
-            self.on.host().tool_output(&words, b"").await?;
+            let written = each.written();
+            host.tool_output(&["sync", "--", &written], b"").await?;
+            let words = ["mv", "-f", "-T", "--", &written, &each.path];
+            host.tool_output(&words, b"").await?;
             let (directory, _) = naming::split(&each.path);
-            self.on
-                .host()
-                .tool_output(&["sync", "--", directory], b"")
-                .await?;
+            host.tool_output(&["sync", "--", directory], b"").await?;
         }
         Ok(())
     }
 
-    /// Removes them, but for what a new image has so far: the same command takes that up.
+    /// Removes the overlays. What a new image has so far stays: the same command takes that up.
     ///
     /// # Errors
     /// When one cannot be removed.
-    async fn discard(&self) -> Result<()> {
+    pub(super) async fn discard(&self) -> Result<()> {
         self.on.host().remove(&self.overlays()).await
     }
-}
-
-/// Puts what overlays hold into the images that they stand on, which have no name meanwhile, so that no
-/// VM starts on half of it; then removes them. `images` are what those were when the overlays were
-/// whole: of one that somebody has used since the overlay is of no use, and is only removed. Gives back
-/// the images that were changed.
-///
-/// # Errors
-/// When one cannot be; it can be done again.
-pub(super) async fn commit(
-    on: &Hypervisor,
-    images: &BTreeMap<String, Left>,
-) -> Result<Vec<String>> {
-    let host = on.host();
-    let mut changed = Vec::new();
-    for (image, left) in images {
-        let [overlay, applying] = beside(image);
-        if host.file_facts(&overlay).await?.is_none() {
-            continue;
-        }
-        if host.file_facts(&applying).await?.is_none() {
-            let facts = host.file_facts(image).await?;
-            if facts.as_ref().map(Left::of).as_ref() != Some(left) {
-                host.remove(&[overlay]).await?;
-                continue;
-            }
-            host.tool_output(&["mv", "-T", "--", image, &applying], b"")
-                .await?;
-        }
-        changed.push(image.clone());
-    }
-    for image in &changed {
-        let [overlay, applying] = beside(image);
-        let [top, below] = [&overlay, &applying].map(|path| path.replace(',', ",,"));
-        let options = format!(
-            "driver=qcow2,file.driver=file,file.filename={top},backing.driver=qcow2,\
-             backing.file.driver=file,backing.file.filename={below}"
-        );
-        // Not emptied after it (-d), so that what breaks off can be done again.
-        let words = ["qemu-img", "commit", "-q", "-d", "--image-opts", &options];
-        host.tool_output(&words, b"").await?;
-        host.tool_output(&["sync", "--", &applying], b"").await?;
-        host.tool_output(&["mv", "-T", "--", &applying, image], b"")
-            .await?;
-        let (directory, _) = naming::split(image);
-        host.tool_output(&["sync", "--", directory], b"").await?;
-        host.remove(&[overlay]).await?;
-    }
-    Ok(changed)
-}
-
-/// The names of the overlay on an image, and of the image while it gets what that holds.
-fn beside(image: &str) -> [String; 2] {
-    let (directory, name) = naming::split(image);
-    [naming::overlay(name), naming::applying(name)].map(|name| naming::join(directory, &name))
 }
 
 /// Says of disks that were written through a server what was done: their changes waited in an

@@ -7,9 +7,9 @@ use kvm_clone_protocol::message::{Fate, Recovery};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::container;
-use super::live::Version;
+use super::live::{self, Version};
 use super::obstacle::Obstacles;
+use super::overlays::Overlays;
 use super::pairs::Subject;
 use super::reference::Reference;
 use super::state::{self, Kind};
@@ -17,7 +17,7 @@ use super::survey::Survey;
 use crate::error::{ErrorCode, Result};
 use crate::host::FileFacts;
 use crate::libvirt::{Domain, Hypervisor, Image};
-use crate::transfer::recover::recover;
+use crate::transfer::recover::{Left as LeftDisk, recover};
 
 /// The version of the file's format. A reader refuses fields that it does not know, so that a
 /// file of a newer one is never half understood.
@@ -49,9 +49,9 @@ pub(super) struct Lineage {
     /// guest has written since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     version: Option<Version>,
-    /// Images of the unfinished run whose overlays are whole, and belong into them.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    overlaid: BTreeMap<String, Left>,
+    /// What the unfinished run has beside images, if all of it is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    overlays: Option<Overlays>,
     /// What images must hold again after the unfinished run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     references: Vec<Reference>,
@@ -96,7 +96,7 @@ impl Lineage {
             files: BTreeMap::new(),
             contents: subject == Subject::Contents,
             version: None,
-            overlaid: BTreeMap::new(),
+            overlays: None,
             references,
         }
     }
@@ -106,26 +106,47 @@ impl Lineage {
         state::write(on, Kind::Lineage, &uuid.to_string(), self).await
     }
 
-    /// Remembers that the overlays on these images are whole: from then on they get what those hold.
+    /// Remembers it with overlays that are whole: from then on nobody removes them who does not
+    /// know whether they count.
     ///
     /// # Errors
     /// When that cannot be written.
-    pub(super) async fn commit(
+    pub(super) async fn write_with(
         &mut self,
+        overlays: Overlays,
         on: &Hypervisor,
         uuid: Uuid,
-        overlaid: BTreeMap<String, Left>,
     ) -> Result<()> {
-        self.overlaid = overlaid;
+        self.overlays = Some(overlays);
         self.write(on, uuid).await
     }
 
-    /// Puts overlays that are whole into the images below them, and gives back which those are.
+    /// The overlays that it names, or may name.
+    pub(super) fn overlays(&self) -> Option<&Overlays> {
+        self.overlays.as_ref()
+    }
+
+    /// Sees to overlays that an unfinished run has left, and gives back the images that have got
+    /// what those held. `disks` are what the agents have left.
     ///
     /// # Errors
-    /// When one cannot be.
-    pub(super) async fn finish_overlays(&self, on: &Hypervisor) -> Result<Vec<String>> {
-        container::commit(on, &self.overlaid).await
+    /// As [`Overlays::end`].
+    pub(super) async fn end_overlays(
+        &mut self,
+        on: &Hypervisor,
+        uuid: &str,
+        disks: &[LeftDisk],
+    ) -> Result<Vec<String>> {
+        let Some(overlays) = &self.overlays else {
+            return Ok(Vec::new());
+        };
+        // Those who write to them may still be there.
+        on.host().end_export(&live::export_directory(uuid)).await?;
+        let changed = overlays.end(on, disks).await?;
+        // The next run makes others of the same names.
+        self.overlays = None;
+        state::write(on, Kind::Lineage, uuid, self).await?;
+        Ok(changed)
     }
 
     /// Gives the images what the run has taken from them: each that needed it.
@@ -154,7 +175,7 @@ impl Lineage {
         self.version = version;
         self.restore_references(on).await?;
         self.references.clear();
-        self.overlaid.clear();
+        self.overlays = None;
         for path in paths {
             if let Some(facts) = on.host().file_facts(path).await? {
                 self.files.insert(path.clone(), Left::of(&facts));
@@ -235,6 +256,24 @@ pub(super) async fn unfinished(on: &Hypervisor, uuid: &str) -> Result<Option<Lin
     Ok(remembered.filter(|lineage| lineage.unfinished))
 }
 
+/// Adds an obstacle for a VM that is to be read, and of whose disks some may be the new version and
+/// others the old one.
+///
+/// # Errors
+/// When the host cannot be asked.
+pub(super) async fn check_source(source: &Survey, obstacles: &mut Obstacles) -> Result<()> {
+    let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
+    let lineage = unfinished(on, &uuid).await?;
+    if lineage.is_some_and(|lineage| lineage.overlays.is_some()) {
+        let (vm, host) = (source.name(), on.host());
+        obstacles.refused(
+            format!("a sync onto {vm} on {host} broke off, or goes on: its disks may be a mixture"),
+            format!("\"kvm-clone-ctl recover {host}\" ends one that broke off"),
+        );
+    }
+    Ok(())
+}
+
 /// Ends what such a run has left half done, so that the images of the VM can be looked at: what
 /// was committed is finished, and what stands on another image finds that again. Gives back what
 /// the user ought to know.
@@ -242,7 +281,7 @@ pub(super) async fn unfinished(on: &Hypervisor, uuid: &str) -> Result<Option<Lin
 /// # Errors
 /// When the host cannot be asked, or an image cannot be read or written.
 pub(super) async fn settle(on: &Hypervisor, uuid: &str) -> Result<Vec<String>> {
-    let Some(lineage) = unfinished(on, uuid).await? else {
+    let Some(mut lineage) = unfinished(on, uuid).await? else {
         return Ok(Vec::new());
     };
     let left = match recover(on.host(), Recovery::Finish).await {
@@ -257,7 +296,7 @@ pub(super) async fn settle(on: &Hypervisor, uuid: &str) -> Result<Vec<String>> {
             format!("an earlier run onto {path} was committed and had not finished: it has now")
         })
         .collect();
-    let finished = lineage.finish_overlays(on).await?;
+    let finished = lineage.end_overlays(on, uuid, &left).await?;
     told.extend(finished.iter().map(|path| {
         format!("an earlier run onto {path} was committed and had not finished: it has now")
     }));

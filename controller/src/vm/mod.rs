@@ -10,6 +10,7 @@
 //!
 //!  transfers   hold the source at an instant (live) ─ serve images of other formats (container) ─
 //!              ship ─ end the servers ─ put overlays into their images ─ let the source go
+//!                  └ raw disks count, and with them the overlays
 //! ```
 
 mod checkpoint;
@@ -22,6 +23,7 @@ mod live;
 mod naming;
 pub mod network;
 mod obstacle;
+mod overlays;
 mod pairs;
 mod plan;
 mod record;

@@ -19,6 +19,7 @@ use super::state::{self, Kind};
 use crate::error::{Error, Result};
 use crate::libvirt::Hypervisor;
 use crate::libvirt::definition::Definition;
+use crate::transfer::recover::Left as LeftDisk;
 
 /// What a record was about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,23 +43,18 @@ pub struct Left {
     pub note: String,
 }
 
-/// Sees to everything of this kind on a hypervisor, once its disks are seen to: `disks_are_whole` if
-/// that left none as a mixture.
+/// Sees to everything of this kind on a hypervisor, once its `disks` are seen to.
 ///
 /// # Errors
 /// When the host cannot be reached; what cannot be ended is in the answer.
-pub async fn recover(
-    on: &Hypervisor,
-    recovery: Recovery,
-    disks_are_whole: bool,
-) -> Result<Vec<Left>> {
+pub async fn recover(on: &Hypervisor, recovery: Recovery, disks: &[LeftDisk]) -> Result<Vec<Left>> {
     let mut all = Vec::new();
     for kind in [Kind::Held, Kind::Clones, Kind::Lineage] {
         if recovery != Recovery::List {
             state::sweep(on, kind).await?;
         }
         for name in state::names(on, kind).await? {
-            let left = see_to(on, kind, &name, recovery, disks_are_whole).await;
+            let left = see_to(on, kind, &name, recovery, disks).await;
             all.extend(left.unwrap_or_else(|error| Some(stuck(kind, &name, &error))));
         }
     }
@@ -71,7 +67,7 @@ async fn see_to(
     kind: Kind,
     name: &str,
     recovery: Recovery,
-    disks_are_whole: bool,
+    disks: &[LeftDisk],
 ) -> Result<Option<Left>> {
     let Some(lock) = state::lock(on, kind, name).await? else {
         return running(on, kind, name).await;
@@ -79,7 +75,7 @@ async fn see_to(
     let left = match kind {
         Kind::Held => let_go(on, name, recovery).await,
         Kind::Clones => undo(on, name, recovery).await,
-        Kind::Lineage => reconnect(on, name, recovery, disks_are_whole).await,
+        Kind::Lineage => reconnect(on, name, recovery, disks).await,
     };
     lock.end().await?;
     left
@@ -152,9 +148,9 @@ async fn reconnect(
     on: &Hypervisor,
     uuid: &str,
     recovery: Recovery,
-    disks_are_whole: bool,
+    disks: &[LeftDisk],
 ) -> Result<Option<Left>> {
-    let Some(lineage) = lineage::unfinished(on, uuid).await? else {
+    let Some(mut lineage) = lineage::unfinished(on, uuid).await? else {
         return Ok(None);
     };
     let Some(domain) = on.find_domain(uuid).await? else {
@@ -166,13 +162,15 @@ async fn reconnect(
         return Ok(Some(left(Kind::Lineage, &name, Fate::Waiting, waits)));
     }
     let mut done = String::new();
-    for path in lineage.finish_overlays(on).await? {
+    for path in lineage.end_overlays(on, uuid, disks).await? {
         done += &format!("; {path} has got what waited for it");
     }
     for path in lineage.restore_references(on).await? {
         done += &format!("; {path} has its own reference again");
     }
-    let has_ended = disks_are_whole && lineage.end_broken_off(on, domain).await?;
+    let is_mixed = |fate| matches!(fate, Fate::Torn | Fate::Stuck | Fate::Unfinished);
+    let are_whole = !disks.iter().any(|disk| is_mixed(disk.fate));
+    let has_ended = are_whole && lineage.end_broken_off(on, domain).await?;
     let (fate, note) = match has_ended {
         true => (Fate::Finished, "a sync that had begun to change its disks"),
         false => (Fate::Waiting, waits),

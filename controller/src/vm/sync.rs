@@ -4,9 +4,10 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use kvm_clone_protocol::message::ApplyChoice;
+use uuid::Uuid;
 
 use super::checkpoint::Checkpoint;
-use super::container::{self, Containers};
+use super::container::{self, Containers, Written};
 use super::lineage::{self, Lineage};
 use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Versions};
 use super::obstacle::{Obstacles, to_error};
@@ -103,7 +104,7 @@ async fn sync(
     let done = if request.dry_run {
         look(context, request, &mut fit, result).await
     } else {
-        copy(context, request, &mut fit, result).await
+        Box::pin(copy(context, request, &mut fit, result)).await
     };
     if let Some(hold) = &hold {
         hold.name_results(&mut result.disks, &mut result.warnings);
@@ -133,21 +134,43 @@ async fn copy(
     let options = &fit.options;
     let by_agents =
         options.method == MethodChoice::Blocksync && options.apply != ApplyChoice::Inplace;
-    // Raw disks count before the overlays beside them do.
-    let at_once = images.is_empty() || images.len() == fit.moves.len();
-    let whole = by_agents && at_once;
-    let mut lineage = Lineage::begun(&fit.source, fit.subject, whole, references);
+    let mut lineage = Lineage::begun(&fit.source, fit.subject, by_agents, references);
     let containers = Containers::open(to, fit.target.name(), &uuid.to_string(), images).await?;
     if let Some(containers) = &containers {
         containers.redirect(&mut fit.moves, &fit.versions);
     }
-    let before = Box::pin(lineage.write(to, uuid));
-    let copied = ship(context, request, fit, before, result).await;
+    let raw = fit.moves.iter().filter(|each| each.write_to.is_none());
+    let raw: Vec<String> = raw.map(|each| each.destination.clone()).collect();
+    let before = Box::pin(async {
+        match containers.as_ref().filter(|_| by_agents) {
+            Some(containers) => {
+                let overlays = containers.note(&raw).await?;
+                lineage.write_with(overlays, to, uuid).await
+            }
+            None => lineage.write(to, uuid).await,
+        }
+    });
+    let mut copied = ship(context, request, fit, before, result).await;
     if let Some(containers) = containers {
-        let written = containers.end(copied).await?;
-        let images = written.images().await?;
-        lineage.commit(to, uuid, images.clone()).await?;
-        written.commit(&images).await?;
+        if copied.is_ok() && !by_agents {
+            // In place: no instant is left at which raw disks came to count.
+            let overlays = containers.note(&[]).await;
+            copied = match overlays {
+                Ok(overlays) => lineage.write_with(overlays, to, uuid).await,
+                Err(error) => Err(error),
+            };
+        }
+        let (written, ended) = containers.end().await;
+        match (copied.and(ended), lineage.overlays()) {
+            (Ok(()), Some(overlays)) => overlays.apply(to).await?,
+            (Ok(()), None) => {}
+            // The agents know whether it had come to count.
+            (Err(error), Some(_)) => return Err(Box::pin(settled(to, uuid, &written, error)).await),
+            (Err(error), None) => {
+                written.discard().await?;
+                return Err(error);
+            }
+        }
     } else {
         copied?;
     }
@@ -156,6 +179,24 @@ async fn copy(
     let version = Some(fit.versions.becomes.clone());
     let version = version.filter(|_| fit.subject == Subject::Contents);
     lineage.end(to, uuid, &paths, version).await
+}
+
+/// Ends what a run has left that failed with `error`, or says who does.
+async fn settled(on: &Hypervisor, uuid: Uuid, written: &Written, error: Error) -> Error {
+    let settled = match lineage::settle(on, &uuid.to_string()).await {
+        // Those that the lineage had not come to name.
+        Ok(_) => written.discard().await,
+        Err(why) => Err(why),
+    };
+    match settled {
+        Ok(()) => error,
+        Err(why) => error
+            .with_note(format!(
+                "what it has left could not be ended: {}",
+                why.one_line()
+            ))
+            .hint(format!("\"kvm-clone-ctl recover {}\" ends that", on.host())),
+    }
 }
 
 /// Says what would be shipped.
@@ -189,6 +230,7 @@ async fn prepare(
     let mut source = Survey::of(from, &request.vm, excluded, &mut obstacles).await?;
     live::mend(from, &mut source, &mut result.warnings).await?;
     result.vm = source.name().to_owned();
+    lineage::check_source(&source, &mut obstacles).await?;
     let target_name = request.target_name.as_deref();
     let target_name = target_name.unwrap_or_else(|| source.name());
     result.target_vm = target_name.to_owned();

@@ -17,12 +17,12 @@ pub(in crate::vm) struct Exhibit<'a> {
     pub(in crate::vm) overlays: Vec<String>,
 }
 
-impl Exhibit<'_> {
-    /// Where the sockets are.
-    pub(in crate::vm) fn directory(&self) -> String {
-        format!("/var/lib/kvm-clone/nbd/{}", self.uuid)
-    }
+/// Where the sockets of what is exported of the VM `uuid` are.
+pub(in crate::vm) fn export_directory(uuid: &str) -> String {
+    format!("/var/lib/kvm-clone/nbd/{uuid}")
+}
 
+impl Exhibit<'_> {
     /// Exports the images once `made` has made them. The servers end with the first guard, and
     /// the VM is remembered as long as they are there; the second keeps others from taking it for
     /// one that was left behind.
@@ -34,7 +34,7 @@ impl Exhibit<'_> {
         &self,
         made: impl Future<Output = Result<()>>,
     ) -> Result<(Guard, Guard)> {
-        let (on, directory) = (self.on, self.directory());
+        let (on, directory) = (self.on, export_directory(self.uuid));
         let means = Means::Export {
             directory: directory.clone(),
             overlays: self.overlays.clone(),

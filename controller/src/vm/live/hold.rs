@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use kvm_clone_protocol::message::History;
 
 use super::changes::{self, Versions};
-use super::exhibit::Exhibit;
+use super::exhibit::{Exhibit, export_directory};
 use super::record::{HeldVm, Means, forget_unless_begun, remember};
 use super::{Reading, snapshot};
 use crate::endpoint::{DiskLocation, NbdUri};
@@ -287,7 +287,7 @@ async fn export(source: &Survey) -> Result<Option<(Guard, Guard, Shows)>> {
         overlays: Vec::new(),
     };
     let (guard, lock) = exhibit.open(async { Ok(()) }).await?;
-    let directory = exhibit.directory();
+    let directory = export_directory(exhibit.uuid);
     Ok(Some((guard, lock, Shows::Images { directory, targets })))
 }
 

@@ -19,7 +19,7 @@ mod record;
 mod snapshot;
 
 pub(super) use changes::{Version, Versions, prune};
-pub(super) use exhibit::Exhibit;
+pub(super) use exhibit::{Exhibit, export_directory};
 pub(super) use hold::{Hold, consistency};
 pub use probe::{Probe, probe};
 pub(super) use record::{HeldVm, let_go, mend};

@@ -7,6 +7,7 @@ use super::changes;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{FREEZE_STATUS, Guard, Held, Place};
 use crate::libvirt::{DomainState, Hypervisor};
+use crate::vm::lineage;
 use crate::vm::state::{self, Kind};
 use crate::vm::survey::Survey;
 
@@ -77,14 +78,12 @@ impl HeldVm {
             Means::Export {
                 directory,
                 overlays,
-            } => end_export(on, directory, overlays).await,
+            } => {
+                on.host().end_export(directory).await?;
+                on.host().remove(overlays).await
+            }
         }
     }
-}
-
-async fn end_export(on: &Hypervisor, directory: &str, overlays: &[String]) -> Result<()> {
-    on.host().end_export(directory).await?;
-    on.host().remove(overlays).await
 }
 
 /// Remembers on the host that a VM is to be held, so that it is let go also when its guard is gone.
@@ -187,7 +186,16 @@ pub(in crate::vm) async fn let_go(
         Means::Export {
             directory,
             overlays,
-        } => end_export(on, directory, overlays).await?,
+        } => {
+            on.host().end_export(directory).await?;
+            // Those that the lineage names may count.
+            let lineage = lineage::unfinished(on, uuid).await?;
+            let named = lineage.and_then(|lineage| Some(lineage.overlays()?.files()));
+            let named = named.unwrap_or_default();
+            let unnamed = overlays.iter().filter(|overlay| !named.contains(overlay));
+            let unnamed: Vec<String> = unnamed.cloned().collect();
+            on.host().remove(&unnamed).await?;
+        }
     }
     state::forget(on, Kind::Held, uuid).await?;
     on.state(uuid).await

@@ -376,6 +376,7 @@ fn a_run_that_is_killed_leaves_a_guest_that_writes_and_nothing_else() {
     }
     let (result, _) = pair.sync();
     println!("{:?} {}", scans(&result), result["warnings"]);
+    assert_eq!(checkpoints(&site.a).len(), 1, "{result}");
 }
 
 #[test]

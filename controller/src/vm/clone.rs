@@ -271,7 +271,7 @@ async fn prepare(
         result.obstacles = found;
         return Err(error);
     }
-    let versions = Versions::after(None, &survey).await?;
+    let versions = Versions::after(None, None, &survey).await?;
     Ok(Fit {
         survey,
         destination,
@@ -486,7 +486,8 @@ impl Making<'_> {
             .collect();
         let version = Some(self.fit.versions.becomes.clone());
         let version = version.filter(|_| self.fit.subject == Subject::Contents);
-        Lineage::begun(self.survey, self.fit.subject, false, Vec::new())
+        let (pair, subject) = (&self.fit.versions.pair, self.fit.subject);
+        Lineage::begun(self.survey, pair, subject, false, Vec::new())
             .end(self.to, uuid, &paths, version)
             .await?;
         if let Some(replaced) = &self.plan.record.replaced {

@@ -45,6 +45,10 @@ pub(super) struct Lineage {
     /// What a guest sees was copied, and not the bytes of images: so it is from then on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     contents: bool,
+    /// Names the VM to those who keep note of what its source's guest writes: whatever becomes of a
+    /// run.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pair: String,
     /// What the last run of a VM that ran has left: by its name the source's host knows what the
     /// guest has written since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -81,6 +85,7 @@ impl Lineage {
     /// leaves no mixture wherever it breaks off.
     pub(super) fn begun(
         source: &Survey,
+        pair: &str,
         subject: Subject,
         whole: bool,
         references: Vec<Reference>,
@@ -95,6 +100,7 @@ impl Lineage {
             whole,
             files: BTreeMap::new(),
             contents: subject == Subject::Contents,
+            pair: pair.to_owned(),
             version: None,
             overlays: None,
             references,
@@ -312,6 +318,8 @@ pub(super) async fn settle(on: &Hypervisor, uuid: &str) -> Result<Vec<String>> {
 pub(super) struct Holds {
     /// What a guest sees, and not the bytes of their source's images.
     pub(super) contents: bool,
+    /// What they are called where the source is.
+    pub(super) pair: Option<String>,
     /// The version that they still are.
     pub(super) version: Option<Version>,
 }
@@ -326,11 +334,12 @@ pub(super) async fn holds(source: &Survey, target: &Survey) -> Result<Holds> {
     let Some(lineage) = remembered else {
         return Ok(Holds::default());
     };
-    let is_intact = !lineage.unfinished
-        && lineage.source_uuid == source.domain.definition.uuid()
-        && lineage.written_since(target).next().is_none();
+    let is_of_source = lineage.source_uuid == source.domain.definition.uuid();
+    let is_intact =
+        !lineage.unfinished && is_of_source && lineage.written_since(target).next().is_none();
     Ok(Holds {
         contents: lineage.contents,
+        pair: Some(lineage.pair).filter(|pair| is_of_source && !pair.is_empty()),
         version: lineage.version.filter(|_| is_intact),
     })
 }

@@ -114,7 +114,7 @@ async fn sync(
         return Ok(());
     }
     if matches!(fit.reading, Reading::Snapshot(_)) {
-        live::prune(&fit.source, &fit.versions.becomes).await?;
+        live::prune(&fit.source, &fit.versions).await?;
     }
     fit.checkpoint.prune(&fit.target).await
 }
@@ -134,7 +134,8 @@ async fn copy(
     let options = &fit.options;
     let by_agents =
         options.method == MethodChoice::Blocksync && options.apply != ApplyChoice::Inplace;
-    let mut lineage = Lineage::begun(&fit.source, fit.subject, by_agents, references);
+    let pair = &fit.versions.pair;
+    let mut lineage = Lineage::begun(&fit.source, pair, fit.subject, by_agents, references);
     let containers = Containers::open(to, fit.target.name(), &uuid.to_string(), images).await?;
     if let Some(containers) = &containers {
         containers.redirect(&mut fit.moves, &fit.versions);
@@ -150,35 +151,45 @@ async fn copy(
             None => lineage.write(to, uuid).await,
         }
     });
-    let mut copied = ship(context, request, fit, before, result).await;
-    if let Some(containers) = containers {
-        if copied.is_ok() && !by_agents {
-            // In place: no instant is left at which raw disks came to count.
-            let overlays = containers.note(&[]).await;
-            copied = match overlays {
-                Ok(overlays) => lineage.write_with(overlays, to, uuid).await,
-                Err(error) => Err(error),
-            };
-        }
-        let (written, ended) = containers.end().await;
-        match (copied.and(ended), lineage.overlays()) {
-            (Ok(()), Some(overlays)) => overlays.apply(to).await?,
-            (Ok(()), None) => {}
-            // The agents know whether it had come to count.
-            (Err(error), Some(_)) => return Err(Box::pin(settled(to, uuid, &written, error)).await),
-            (Err(error), None) => {
-                written.discard().await?;
-                return Err(error);
-            }
-        }
-    } else {
-        copied?;
+    let copied = ship(context, request, fit, before, result).await;
+    match containers {
+        Some(containers) => put(to, uuid, containers, &mut lineage, copied).await?,
+        None => copied?,
     }
     let paths = fit.moves.iter().map(|each| each.destination.clone());
     let paths: Vec<String> = paths.collect();
     let version = Some(fit.versions.becomes.clone());
     let version = version.filter(|_| fit.subject == Subject::Contents);
     lineage.end(to, uuid, &paths, version).await
+}
+
+/// Puts what was written through servers into its place, if all was `copied`.
+async fn put(
+    on: &Hypervisor,
+    uuid: Uuid,
+    containers: Containers,
+    lineage: &mut Lineage,
+    copied: Result<()>,
+) -> Result<()> {
+    let mut named = copied;
+    if named.is_ok() && lineage.overlays().is_none() {
+        // In place: no instant is left at which raw disks came to count.
+        named = match containers.note(&[]).await {
+            Ok(overlays) => lineage.write_with(overlays, on, uuid).await,
+            Err(error) => Err(error),
+        };
+    }
+    let (written, ended) = containers.end().await;
+    match (named.and(ended), lineage.overlays()) {
+        (Ok(()), Some(overlays)) => overlays.apply(on).await,
+        (Ok(()), None) => Ok(()),
+        // Whether it had come to count, only the agents know.
+        (Err(error), Some(_)) => Err(Box::pin(settled(on, uuid, &written, error)).await),
+        (Err(error), None) => {
+            written.discard().await?;
+            Err(error)
+        }
+    }
 }
 
 /// Ends what a run has left that failed with `error`, or says who does.
@@ -188,15 +199,11 @@ async fn settled(on: &Hypervisor, uuid: Uuid, written: &Written, error: Error) -
         Ok(_) => written.discard().await,
         Err(why) => Err(why),
     };
-    match settled {
-        Ok(()) => error,
-        Err(why) => error
-            .with_note(format!(
-                "what it has left could not be ended: {}",
-                why.one_line()
-            ))
-            .hint(format!("\"kvm-clone-ctl recover {}\" ends that", on.host())),
-    }
+    let Err(why) = settled else { return error };
+    let (note, host) = (why.one_line(), on.host());
+    error
+        .with_note(format!("what it has left could not be ended: {note}"))
+        .hint(format!("\"kvm-clone-ctl recover {host}\" ends that"))
 }
 
 /// Says what would be shipped.
@@ -285,7 +292,7 @@ async fn prepare(
         result.obstacles = found;
         return Err(error);
     }
-    let versions = Versions::after(holds.version, &source).await?;
+    let versions = Versions::after(holds.pair, holds.version, &source).await?;
     Ok(Fit {
         source,
         target,

@@ -17,8 +17,6 @@ use crate::libvirt::Hypervisor;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::vm) struct Version {
-    /// Tells the checkpoints for this destination from those for others.
-    pair: String,
     /// Also that of the checkpoint at the source, if it has one.
     name: String,
     /// The process of QEMU that had the disks.
@@ -28,24 +26,30 @@ pub(in crate::vm) struct Version {
 /// What a run builds upon, and what it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::vm) struct Versions {
+    /// Tells the checkpoints for this destination from those for others.
+    pub(in crate::vm) pair: String,
     pub(in crate::vm) was: Option<Version>,
     pub(in crate::vm) becomes: Version,
 }
 
 impl Versions {
-    /// Those of a run that finds this at the destination.
+    /// Those of a run onto a destination that is called `pair`, if there was a run before, and is
+    /// that version.
     ///
     /// # Errors
     /// When the source's host cannot be asked.
-    pub(in crate::vm) async fn after(was: Option<Version>, source: &Survey) -> Result<Self> {
+    pub(in crate::vm) async fn after(
+        pair: Option<String>,
+        was: Option<Version>,
+        source: &Survey,
+    ) -> Result<Self> {
         let random = || Uuid::new_v4().simple().to_string()[..12].to_owned();
-        let pair = was.as_ref().map_or_else(random, |was| was.pair.clone());
+        let pair = pair.unwrap_or_else(random);
         let becomes = Version {
             name: format!("{PREFIX}-{pair}-{}", random()),
-            pair,
             process: process(source).await?,
         };
-        Ok(Self { was, becomes })
+        Ok(Self { pair, was, becomes })
     }
 }
 
@@ -101,15 +105,16 @@ pub(super) async fn tracked_since(
         .collect()))
 }
 
-/// Deletes the checkpoints for a destination, but for one. Those of others are left alone.
+/// Deletes the checkpoints for a destination, but for what it becomes. Those of others are left
+/// alone.
 ///
 /// # Errors
 /// When one cannot be deleted.
-pub(in crate::vm) async fn prune(source: &Survey, version: &Version) -> Result<()> {
+pub(in crate::vm) async fn prune(source: &Survey, versions: &Versions) -> Result<()> {
     let (on, uuid) = (&source.on, source.domain.definition.uuid().to_string());
-    let ours = format!("{PREFIX}-{}-", version.pair);
+    let ours = format!("{PREFIX}-{}-", versions.pair);
     for name in names(on, &uuid).await? {
-        if name.starts_with(&ours) && name != version.name {
+        if name.starts_with(&ours) && name != versions.becomes.name {
             delete(source, &name).await?;
         }
     }

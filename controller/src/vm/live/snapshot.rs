@@ -108,7 +108,7 @@ impl Snapshot<'_> {
             match self.ask(&wanted).await {
                 Err(error) if error.code() == ErrorCode::Refused => {
                     warnings.push(unknown(&error.one_line()));
-                    changes::prune(self.source, &versions.becomes).await?;
+                    changes::prune(self.source, versions).await?;
                 }
                 done => return done,
             }

@@ -45,6 +45,34 @@ pub struct History {
 #[derive(Debug, Clone, Copy)]
 pub struct RunId(i64);
 
+/// An operation that is being recorded.
+#[derive(Debug)]
+pub struct Recording {
+    history: History,
+    run: RunId,
+}
+
+impl Recording {
+    /// Writes that it begins.
+    ///
+    /// # Errors
+    /// As [`History::open`] and [`History::begin`].
+    pub fn begin(begun: &Begun<'_>) -> Result<Self> {
+        let history = History::open()?;
+        let run = history.begin(begun)?;
+        Ok(Self { history, run })
+    }
+
+    /// Writes what came of it.
+    ///
+    /// # Errors
+    /// As [`History::finish`].
+    pub fn end(self, result: &impl Serialize) -> Result<()> {
+        let result = serde_json::to_value(result).unwrap_or(Value::Null);
+        self.history.finish(self.run, &result)
+    }
+}
+
 /// What begins.
 #[derive(Debug, Clone)]
 pub struct Begun<'a> {

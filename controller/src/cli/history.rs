@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::App;
 use crate::error::Result;
-use crate::history::{Begun, Filter, History, Record, RunId};
+use crate::history::{self, Begun, Filter, History, Record};
 use crate::output;
 
 #[derive(Debug, Args)]
@@ -45,23 +45,16 @@ pub(super) fn run(app: &App, args: Arguments) -> Result<()> {
 
 /// An operation that is being recorded. A history that fails is a warning, and no more.
 #[derive(Debug)]
-pub(super) struct Recording(Option<(History, RunId)>);
+pub(super) struct Recording(Option<history::Recording>);
 
 impl Recording {
     pub(super) fn begin(app: &App, begun: &Begun<'_>) -> Self {
-        let recording = History::open().and_then(|history| {
-            let run = history.begin(begun)?;
-            Ok((history, run))
-        });
+        let recording = history::Recording::begin(begun);
         Self(recording.map_err(|error| app.warn(&error.one_line())).ok())
     }
 
     pub(super) fn end(self, app: &App, result: &impl Serialize) {
-        let Self(Some((history, run))) = self else {
-            return;
-        };
-        let result = serde_json::to_value(result).unwrap_or(Value::Null);
-        if let Err(error) = history.finish(run, &result) {
+        if let Some(Err(error)) = self.0.map(|recording| recording.end(result)) {
             app.warn(&error.one_line());
         }
     }

@@ -99,8 +99,18 @@ pub(super) async fn read<T: DeserializeOwned>(
     kind: Kind,
     name: &str,
 ) -> Result<Option<T>> {
-    let path = kind.path(name);
-    let Some(contents) = on.host().read_file(&path).await? else {
+    read_from(on, &kind.path(name)).await
+}
+
+/// The same for a file of another place.
+///
+/// # Errors
+/// As [`read`].
+pub(super) async fn read_from<T: DeserializeOwned>(
+    on: &Hypervisor,
+    path: &str,
+) -> Result<Option<T>> {
+    let Some(contents) = on.host().read_file(path).await? else {
         return Ok(None);
     };
     serde_json::from_slice(&contents).map(Some).map_err(|error| {
@@ -121,11 +131,19 @@ pub(super) async fn write(
     name: &str,
     what: &impl Serialize,
 ) -> Result<()> {
+    make_room(on, kind).await?;
+    write_to(on, &kind.path(name), what).await
+}
+
+/// The same for a file of another place, whose directory is there.
+///
+/// # Errors
+/// As [`write()`].
+pub(super) async fn write_to(on: &Hypervisor, path: &str, what: &impl Serialize) -> Result<()> {
     let contents = serde_json::to_vec_pretty(what).map_err(|error| {
         Error::new(ErrorCode::Internal, "a record that is no JSON").caused_by(error)
     })?;
-    make_room(on, kind).await?;
-    on.host().write_file(&kind.path(name), &contents).await
+    on.host().write_file(path, &contents).await
 }
 
 /// Makes the directory of a kind.
@@ -146,7 +164,7 @@ pub(super) async fn forget(on: &Hypervisor, kind: Kind, name: &str) -> Result<()
 
 /// A file name that stands for any text: letters, digits, `-` and `_` as they are, the other
 /// bytes in hexadecimal.
-fn file_name(name: &str) -> String {
+pub(super) fn file_name(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
     let mut file = String::new();
     for byte in name.bytes() {
@@ -160,7 +178,7 @@ fn file_name(name: &str) -> String {
 }
 
 /// The text that a file name stands for.
-fn name_of(file: &str) -> Option<String> {
+pub(super) fn name_of(file: &str) -> Option<String> {
     let mut name = Vec::new();
     let mut rest = file;
     while let Some(first) = rest.chars().next() {

@@ -13,5 +13,6 @@ pub mod libvirt;
 mod logging;
 pub mod output;
 pub mod progress;
+pub mod replicate;
 pub mod transfer;
 pub mod vm;

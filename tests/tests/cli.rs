@@ -6,7 +6,7 @@ use kvm_clone_tests::controller::{Controller, Run};
 use tempfile::TempDir;
 
 /// What is there. A command that does not exist yet is not listed, even if it is promised.
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 14] = [
     "agent",
     "clone",
     "completions",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 13] = [
     "list",
     "man",
     "recover",
+    "replicate",
     "sync",
     "verify",
 ];

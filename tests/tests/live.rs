@@ -1,11 +1,10 @@
 //! A VM that runs and writes all the time: its copy is one instant of all of its disks, and the next
 //! one reads only what the guest has written since.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvm_clone_tests::controller::Run;
-use kvm_clone_tests::hypervisor::{Firmware, Hypervisor, Site, SiteSpec, Vm, records};
+use kvm_clone_tests::hypervisor::{Firmware, Hypervisor, Site, SiteSpec, Vm, alone, records};
 use kvm_clone_tests::image::MIB;
 use kvm_clone_tests::process::wait_for;
 use nix::sys::signal::Signal;
@@ -16,13 +15,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Milliseconds for which a guest may be kept from writing by a snapshot. It is promised half a second,
 /// and gets it on a machine that does nothing else: the figure is printed. Here tests run side by side.
 const PAUSE: u64 = 3000;
-
-/// Keeps other tests waiting: an emulated guest that writes all the time takes a processor, and two of
-/// them leave none to the hosts.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// How often something is done that is done more often in a campaign.
 fn count(name: &str, small: usize) -> usize {

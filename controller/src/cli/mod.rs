@@ -11,6 +11,7 @@ mod history;
 mod list;
 pub mod options;
 mod recover;
+mod replicate;
 mod vm;
 
 use std::ffi::OsString;
@@ -54,6 +55,9 @@ enum Command {
     Sync(Box<vm::Sync>),
     /// Compare a VM with one on another hypervisor: disks and definition
     Verify(Box<vm::Verify>),
+    /// Keep points of VMs on another host, as policies want them
+    #[command(subcommand)]
+    Replicate(replicate::Command),
     /// List the VMs of hosts
     List(list::Arguments),
     /// Sync or compare single disks
@@ -236,6 +240,7 @@ async fn run(app: &App, command: Command) -> Result<()> {
         Command::Verify(args) => vm::verify(app, *args).await,
         Command::Disk(command) => disk::run(app, command).await,
         Command::Demo { host } => demo::run(app, host).await,
+        Command::Replicate(command) => replicate::run(app, command).await,
         Command::List(args) => until_cancelled(app, list::run(app, args)).await,
         Command::History(args) => history::run(app, args),
         Command::Recover(args) => until_cancelled(app, recover::run(app, args)).await,

@@ -46,6 +46,7 @@ pub use files::{FileFacts, FileKind, Space, UNFINISHED};
 pub use guard::Guard;
 pub use hold::{Backup, FREEZE_STATUS, Held, Place};
 pub use install::DEFAULT_INSTALL_PATH;
+pub use quote::quoted;
 pub use ssh::{Resolved, SshOptions};
 pub use way::Way;
 

@@ -34,6 +34,15 @@ pub(super) fn command<'a>(words: impl IntoIterator<Item = &'a [u8]>) -> Result<O
     Ok(OsString::from_vec(quoted.join(&b' ')))
 }
 
+/// A command for people, or for a file that they read.
+///
+/// # Errors
+/// As [`word`].
+pub fn quoted(words: &[&str]) -> Result<String> {
+    let command = command(words.iter().map(|word| word.as_bytes()))?;
+    Ok(command.to_string_lossy().into_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -31,6 +31,17 @@ pub enum Consistency {
     Torn,
 }
 
+impl Consistency {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Application => "application",
+            Self::Crash => "crash",
+            Self::Torn => "torn",
+        }
+    }
+}
+
 impl std::fmt::Display for Consistency {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {

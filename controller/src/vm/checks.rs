@@ -83,7 +83,12 @@ impl Destination {
 }
 
 /// What cannot be moved wherever it goes: it belongs to the source host, or to several VMs.
-pub(super) fn portable(survey: &Survey, excluded: &[String], obstacles: &mut Obstacles) {
+pub(super) fn portable(
+    survey: &Survey,
+    excluded: &[String],
+    leave_out: impl Fn(&str) -> String,
+    obstacles: &mut Obstacles,
+) {
     let definition = &survey.domain.definition;
     let vm = definition.name();
     for device in definition.host_devices() {
@@ -104,7 +109,7 @@ pub(super) fn portable(survey: &Survey, excluded: &[String], obstacles: &mut Obs
         .filter(|disk| !excluded.contains(&disk.target))
     {
         let name = &disk.target;
-        let leave_out = format!("leave it out with --exclude-disk {name}");
+        let leave_out = leave_out(name);
         if let DiskSource::Other(kind) = &disk.source
             && holds_data(disk)
         {

@@ -243,7 +243,8 @@ async fn prepare(
         pairs::for_agents(&mut options, &mut obstacles);
     }
     options.live = reading.live_read();
-    checks::portable(&survey, &request.exclude_disks, &mut obstacles);
+    let leave_out = |disk: &str| format!("leave it out with --exclude-disk {disk}");
+    checks::portable(&survey, &request.exclude_disks, leave_out, &mut obstacles);
     if !request.is_one_host() {
         checks::not_shared(&survey, &mut obstacles).await?;
     }

@@ -26,9 +26,11 @@ mod obstacle;
 mod overlays;
 mod pairs;
 mod plan;
+pub mod point;
 mod record;
 pub mod recover;
 mod reference;
+pub mod replica;
 pub mod result;
 mod space;
 mod state;
@@ -38,4 +40,5 @@ mod transfers;
 pub mod verify;
 
 pub use live::{LiveChoice, Probe, Quiesce, probe};
+pub use obstacle::Obstacle;
 pub use result::VmResult;

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::obstacle::Obstacle;
 use super::plan::Plan;
+use crate::endpoint::HostSpec;
 use crate::error::{Error, Result};
 use crate::transfer::{Consistency, Route, TransferResult};
 
@@ -145,6 +146,21 @@ impl VmResult {
             definition_differences: None,
             disks: Vec::new(),
         }
+    }
+
+    /// It failed before anything was known but the VM's name, if that.
+    pub fn failed(
+        operation: &'static str,
+        source: &HostSpec,
+        destination: &HostSpec,
+        vm: &str,
+        error: Error,
+    ) -> Self {
+        let mut result = Self::new(operation, source.to_string(), destination.to_string());
+        vm.clone_into(&mut result.vm);
+        vm.clone_into(&mut result.target_vm);
+        result.error = Some(error);
+        result
     }
 
     /// The operation that began at `started` has ended.

@@ -52,7 +52,7 @@ pub(super) async fn check(files: &[Carried], to: &Host, obstacles: &mut Obstacle
 }
 
 /// The directory, or the nearest above it that is there.
-async fn existing(on: &Host, directory: &str) -> Result<Option<String>> {
+pub(super) async fn existing(on: &Host, directory: &str) -> Result<Option<String>> {
     let mut directory = directory;
     loop {
         if on.file_facts(directory).await?.is_some() {

@@ -14,7 +14,16 @@ mod records;
 mod site;
 mod vm;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub use guest::{Guest, MARK_BYTES, mark, set_mark};
 pub use records::records;
 pub use site::{Hypervisor, Site, SiteSpec};
 pub use vm::{Firmware, Vm};
+
+/// Keeps other tests of this kind waiting: an emulated guest that writes all the time takes a
+/// processor, and two of them leave none to the hosts.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,15 @@
+//! Replication: policies say which VMs have a replica on another host, how old that may be, and
+//! which older points stay. What one run does with one VM is `vm`'s business
+//! ([`replica`](crate::vm::replica)); here is which VMs, when, and what is removed after it.
+//!
+//! ```text
+//!  policies (policy) ─ which are due (schedule) ─ VMs side by side (run)
+//!                                                  └ a new point each ─ points that go (keep)
+//! ```
+
+pub mod check;
+pub mod keep;
+pub mod policy;
+pub mod run;
+pub mod schedule;
+pub mod status;

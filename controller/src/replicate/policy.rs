@@ -1,0 +1,678 @@
+//! Policies: which VMs have a replica where, how old it may be, and which older points stay. One
+//! TOML file holds all of them; all of its mistakes are told at once, each with its line.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::str::FromStr;
+
+use jiff::civil::{Time, Weekday};
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::keep::Keep;
+use super::schedule::Schedule;
+use crate::cli::options::{Rate, Space};
+use crate::endpoint::HostSpec;
+use crate::error::{Error, ErrorCode, Result};
+use crate::vm::{LiveChoice, Quiesce, replica};
+
+/// Where replicas lie on a destination that is not told otherwise.
+const DIRECTORY: &str = "/var/lib/libvirt/images/kvm-clone";
+
+/// What `replicate init` writes: every key, with what holds without it.
+pub const TEMPLATE: &str = include_str!("policies.toml");
+
+/// What stays where nothing else is said.
+const KEEP: Keep = Keep {
+    last: 4,
+    hourly: 24,
+    daily: 7,
+    weekly: 4,
+    monthly: 6,
+};
+
+/// Bytes that stay free where nothing else is said.
+const MIN_FREE: u64 = 1 << 30;
+
+/// The longest name of a policy: it is a part of file names.
+const NAME_LEN: usize = 64;
+
+/// Something in the file that cannot be meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// From 1 on.
+    pub line: usize,
+    /// What is wrong.
+    pub what: String,
+    /// What would be right.
+    pub remedy: String,
+}
+
+/// A policy.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// Its name in the file.
+    pub name: String,
+    /// The host that has the VMs.
+    pub source: HostSpec,
+    /// The host that has their replicas.
+    pub destination: HostSpec,
+    /// Where, there.
+    pub directory: String,
+    /// Names of VMs, or patterns of such; one of them has to match.
+    pub vms: Vec<String>,
+    /// None of these must.
+    pub exclude: Vec<String>,
+    /// When it runs.
+    pub schedule: Schedule,
+    /// Whose calendar and clocks count.
+    pub zone: TimeZone,
+    /// How old the newest point may be.
+    pub rpo: SignedDuration,
+    /// Which points stay.
+    pub keep: Keep,
+    /// When it does not run by itself.
+    pub quiet: Vec<Window>,
+    /// VMs at once.
+    pub parallel: NonZeroUsize,
+    /// What is done about a VM that runs.
+    pub live: LiveChoice,
+    /// Whether its file systems are frozen for that.
+    pub quiesce: Quiesce,
+    /// Bytes a second, for each VM.
+    pub bandwidth_limit: Option<u64>,
+    /// Bytes that stay free on the destination's file system.
+    pub min_free: u64,
+}
+
+/// A part of some days of the week; one that begins later than it ends goes over midnight, and
+/// belongs to the day on which it begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Window {
+    /// From Monday on.
+    pub days: [bool; 7],
+    /// From when.
+    pub from: Time,
+    /// Until when; not itself.
+    pub to: Time,
+}
+
+/// The file as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    policy: BTreeMap<Spanned<String>, Written>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Written {
+    source: Spanned<String>,
+    destination: Spanned<String>,
+    directory: Option<Spanned<String>>,
+    vms: Spanned<Vec<Spanned<String>>>,
+    #[serde(default)]
+    exclude: Vec<Spanned<String>>,
+    every: Option<Spanned<String>>,
+    schedule: Option<Spanned<String>>,
+    timezone: Option<Spanned<String>>,
+    rpo: Spanned<String>,
+    keep: Option<Spanned<WrittenKeep>>,
+    #[serde(default)]
+    not_between: Vec<Spanned<WrittenWindow>>,
+    parallel: Option<Spanned<i64>>,
+    live: Option<Spanned<String>>,
+    quiesce: Option<Spanned<String>>,
+    bandwidth_limit: Option<Spanned<String>>,
+    min_free: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WrittenKeep {
+    last: usize,
+    hourly: usize,
+    daily: usize,
+    weekly: usize,
+    monthly: usize,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenWindow {
+    from: Spanned<String>,
+    to: Spanned<String>,
+    days: Option<Spanned<String>>,
+}
+
+/// Reads all policies of a file.
+///
+/// # Errors
+/// All [`Mistake`]s; of what is no TOML, or no policy at all, the first.
+pub fn parse(text: &str) -> Result<Vec<Policy>, Vec<Mistake>> {
+    let file: File = toml::from_str(text).map_err(|error| {
+        let at = error.span().map_or(0, |span| span.start);
+        vec![Mistake {
+            line: line(text, at),
+            what: error.message().to_owned(),
+            remedy: "\"kvm-clone-ctl replicate init\" writes a file with every key".to_owned(),
+        }]
+    })?;
+    let mut reader = Reader {
+        text,
+        mistakes: Vec::new(),
+    };
+    let policies: Vec<_> = file
+        .policy
+        .iter()
+        .filter_map(|(name, written)| reader.policy(name, written))
+        .collect();
+    if policies.is_empty() && reader.mistakes.is_empty() {
+        reader.mistakes.push(Mistake {
+            line: 1,
+            what: "there is no policy in this file".to_owned(),
+            remedy: "begin one with [policy.NAME]".to_owned(),
+        });
+    }
+    reader.mistakes.sort_by_key(|mistake| mistake.line);
+    match reader.mistakes.is_empty() {
+        true => Ok(policies),
+        false => Err(reader.mistakes),
+    }
+}
+
+/// Reads the policies of a file.
+///
+/// # Errors
+/// Not found, or usage with all mistakes, each with file, line and what to do.
+pub fn load(path: &Path) -> Result<Vec<Policy>> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            let message = format!("there is no file of policies {shown}");
+            Error::new(ErrorCode::NotFound, message)
+                .hint("\"kvm-clone-ctl replicate init\" writes one, with every key")
+        }
+        _ => Error::io(format!("reading {shown}"), error),
+    })?;
+    parse(&text).map_err(|mistakes| {
+        let each = mistakes.iter().map(|mistake| {
+            let Mistake { line, what, remedy } = mistake;
+            format!("{shown}:{line}: {what}\n    -> {remedy}")
+        });
+        let each: Vec<String> = each.collect();
+        let message = match each.len() {
+            1 => "the policies hold a mistake".to_owned(),
+            several => format!("the policies hold {several} mistakes"),
+        };
+        Error::usage(message).caused_by(each.join("\n  "))
+    })
+}
+
+/// The number of the line that holds a byte.
+fn line(text: &str, at: usize) -> usize {
+    let before = text.as_bytes().get(..at).unwrap_or_default();
+    before.iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    mistakes: Vec<Mistake>,
+}
+
+impl Reader<'_> {
+    fn mistake<T>(&mut self, at: &Spanned<T>, what: impl Into<String>, remedy: impl Into<String>) {
+        self.mistakes.push(Mistake {
+            line: line(self.text, at.span().start),
+            what: what.into(),
+            remedy: remedy.into(),
+        });
+    }
+
+    /// A value by its own grammar.
+    fn parsed<T, E>(
+        &mut self,
+        key: &str,
+        value: &Spanned<String>,
+        remedy: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        match parse(value.get_ref()) {
+            Ok(parsed) => Some(parsed),
+            Err(_) => {
+                let what = format!("{key} = {:?} is not understood", value.get_ref());
+                self.mistake(value, what, remedy);
+                None
+            }
+        }
+    }
+
+    fn policy(&mut self, name: &Spanned<String>, written: &Written) -> Option<Policy> {
+        let so_far = self.mistakes.len();
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        let text = name.get_ref();
+        if text.is_empty() || text.len() > NAME_LEN || !text.chars().all(is_plain) {
+            let what = format!("{text:?} cannot be the name of a policy");
+            self.mistake(name, what, "take letters, digits, - and _, 64 at most");
+        }
+        if written.source.get_ref() == written.destination.get_ref() {
+            self.mistake(
+                &written.destination,
+                format!("source and destination of {text} are the same host"),
+                "a replica survives its source only on another host",
+            );
+        }
+        let directory = written.directory.as_ref();
+        if let Some(directory) = directory.filter(|directory| !directory.get_ref().starts_with('/'))
+        {
+            let what = format!("directory = {:?} is no absolute path", directory.get_ref());
+            self.mistake(
+                directory,
+                what,
+                format!("begin it with /, as {DIRECTORY} does"),
+            );
+        }
+        if written.vms.get_ref().is_empty() {
+            self.mistake(
+                &written.vms,
+                format!("{text} is about no VM"),
+                "vms = [\"*\"] is about all",
+            );
+        }
+        let zone = self.zone(written.timezone.as_ref());
+        let schedule = self.schedule(name, written, &zone);
+        let rpo = self.duration("rpo", &written.rpo);
+        if let (Some(Schedule::Every(interval)), Some(rpo)) = (&schedule, rpo)
+            && rpo <= *interval
+        {
+            self.mistake(
+                &written.rpo,
+                format!(
+                    "rpo = {:?} cannot be kept by runs that are {interval:#} apart",
+                    written.rpo.get_ref()
+                ),
+                "let it be longer than the interval and a run together, or run more often",
+            );
+        }
+        let keep = written.keep.as_ref().map(Spanned::get_ref);
+        let keep = keep.map_or(KEEP, |keep| Keep {
+            last: keep.last,
+            hourly: keep.hourly,
+            daily: keep.daily,
+            weekly: keep.weekly,
+            monthly: keep.monthly,
+        });
+        let windows = written.not_between.iter();
+        let quiet: Vec<Window> = windows.filter_map(|window| self.window(window)).collect();
+        let parallel = self.parallel(written.parallel.as_ref());
+        let live = self.live(written.live.as_ref());
+        let quiesce = self.optional(
+            "quiesce",
+            written.quiesce.as_ref(),
+            "take auto, require or off",
+        );
+        let remedy = "take bytes a second, such as 100M";
+        let limit: Option<Rate> =
+            self.optional("bandwidth-limit", written.bandwidth_limit.as_ref(), remedy);
+        let remedy = "take bytes, such as 10G";
+        let min_free: Option<Space> = self.optional("min-free", written.min_free.as_ref(), remedy);
+        let [source, destination] = [
+            ("source", &written.source),
+            ("destination", &written.destination),
+        ]
+        .map(|(key, host)| {
+            let remedy = "take [USER@]NAME[:PORT], an alias of the ssh configuration, or local";
+            self.parsed(key, host, remedy, HostSpec::from_str)
+        });
+        if self.mistakes.len() > so_far {
+            return None;
+        }
+        let owned =
+            |all: &[Spanned<String>]| all.iter().map(|text| text.get_ref().clone()).collect();
+        Some(Policy {
+            name: text.clone(),
+            source: source?,
+            destination: destination?,
+            directory: directory
+                .map_or_else(|| DIRECTORY.to_owned(), |text| text.get_ref().clone()),
+            vms: owned(written.vms.get_ref()),
+            exclude: owned(&written.exclude),
+            schedule: schedule?,
+            zone,
+            rpo: rpo?,
+            keep,
+            quiet,
+            parallel,
+            live,
+            quiesce: quiesce.unwrap_or_default(),
+            bandwidth_limit: limit.map(|Rate(bytes)| bytes),
+            min_free: min_free.map_or(MIN_FREE, |Space(bytes)| bytes),
+        })
+    }
+
+    fn zone(&mut self, written: Option<&Spanned<String>>) -> TimeZone {
+        let remedy = "take a name of the IANA database, such as Europe/Zurich, or UTC";
+        written
+            .and_then(|name| self.parsed("timezone", name, remedy, TimeZone::get))
+            .unwrap_or(TimeZone::UTC)
+    }
+
+    fn schedule(
+        &mut self,
+        name: &Spanned<String>,
+        written: &Written,
+        zone: &TimeZone,
+    ) -> Option<Schedule> {
+        let made = match (&written.every, &written.schedule) {
+            (Some(every), None) => {
+                let interval = self.duration("every", every)?;
+                (every, Schedule::every(interval))
+            }
+            (None, Some(expression)) => (
+                expression,
+                Schedule::cron(expression.get_ref(), zone.clone()),
+            ),
+            (Some(every), Some(_)) => {
+                self.mistake(
+                    every,
+                    "there are both every and schedule",
+                    "keep one of them",
+                );
+                return None;
+            }
+            (None, None) => {
+                let what = format!("{} never runs", name.get_ref());
+                self.mistake(
+                    name,
+                    what,
+                    "say every = \"15m\", or schedule = \"0 * * * *\"",
+                );
+                return None;
+            }
+        };
+        match made {
+            (_, Ok(schedule)) => Some(schedule),
+            (at, Err(why)) => {
+                let what = format!("{:?} is no time to run at: {}", at.get_ref(), why.0);
+                self.mistake(at, what, "say every = \"15m\", or schedule = \"0 * * * *\"");
+                None
+            }
+        }
+    }
+
+    fn duration(&mut self, key: &str, value: &Spanned<String>) -> Option<SignedDuration> {
+        let remedy = "take a duration such as 90s, 15m or 1h 30m";
+        self.parsed(key, value, remedy, |text| {
+            match SignedDuration::from_str(text) {
+                Ok(duration) if duration > SignedDuration::ZERO => Ok(duration),
+                _ => Err(()),
+            }
+        })
+    }
+
+    fn window(&mut self, written: &Spanned<WrittenWindow>) -> Option<Window> {
+        let window = written.get_ref();
+        let time = |text: &str| Time::strptime("%H:%M", text);
+        let remedy = "take hours and minutes, such as 08:30";
+        let from = self.parsed("from", &window.from, remedy, time);
+        let to = self.parsed("to", &window.to, remedy, time);
+        let remedy = "take days such as mon, or mon-fri, or sat,sun";
+        let days = match &window.days {
+            Some(text) => self.parsed("days", text, remedy, days),
+            None => Some([true; 7]),
+        };
+        let (from, to, days) = (from?, to?, days?);
+        if from == to {
+            let what = "a window that ends when it begins leaves nothing out";
+            self.mistake(written, what, "let it end later, or remove it");
+            return None;
+        }
+        Some(Window { days, from, to })
+    }
+
+    fn parallel(&mut self, written: Option<&Spanned<i64>>) -> NonZeroUsize {
+        let one = NonZeroUsize::MIN;
+        let Some(written) = written else { return one };
+        let number = usize::try_from(*written.get_ref()).ok();
+        match number
+            .filter(|number| *number <= 64)
+            .and_then(NonZeroUsize::new)
+        {
+            Some(parallel) => parallel,
+            None => {
+                let what = format!("parallel = {} cannot be", written.get_ref());
+                self.mistake(written, what, "take 1 to 64 VMs at once");
+                one
+            }
+        }
+    }
+
+    /// A VM is never read torn into a replica, nor suspended by a schedule.
+    fn live(&mut self, written: Option<&Spanned<String>>) -> LiveChoice {
+        let Some(written) = written else {
+            return LiveChoice::Auto;
+        };
+        let remedy = "take auto, snapshot or refuse";
+        let allowed = |text: &str| match text.parse() {
+            Ok(live @ (LiveChoice::Auto | LiveChoice::Snapshot | LiveChoice::Refuse)) => Ok(live),
+            _ => Err(()),
+        };
+        self.parsed("live", written, remedy, allowed)
+            .unwrap_or_default()
+    }
+
+    /// A value that may be left out.
+    fn optional<T: FromStr>(
+        &mut self,
+        key: &str,
+        written: Option<&Spanned<String>>,
+        remedy: &str,
+    ) -> Option<T> {
+        self.parsed(key, written?, remedy, T::from_str)
+    }
+}
+
+/// Days of the week: `mon`, `mon-fri`, `sat,sun`.
+fn days(text: &str) -> Result<[bool; 7], ()> {
+    let mut days = [false; 7];
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (day(first)?, day(last)?);
+        let mut at = first;
+        loop {
+            days[at] = true;
+            if at == last {
+                break;
+            }
+            at = (at + 1) % 7;
+        }
+    }
+    Ok(days)
+}
+
+/// The place of a day in the week, from Monday on.
+fn day(text: &str) -> Result<usize, ()> {
+    let names = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
+    let text = text.trim();
+    names
+        .iter()
+        .position(|name| name.eq_ignore_ascii_case(text))
+        .ok_or(())
+}
+
+impl Policy {
+    /// The VMs that it names, and not by a pattern.
+    pub fn named(&self) -> Vec<String> {
+        let is_plain = |name: &&String| !name.contains(['*', '?', '[', '{', '!', '\\']);
+        self.vms.iter().filter(is_plain).cloned().collect()
+    }
+
+    /// The directory of all its replicas.
+    pub fn place(&self) -> String {
+        format!("{}/{}", self.directory.trim_end_matches('/'), self.name)
+    }
+
+    /// The directory of the replica of a VM.
+    pub fn directory_of(&self, vm: &str) -> String {
+        replica::directory_of(&self.place(), vm)
+    }
+
+    /// Whether it does not run by itself at an instant.
+    pub fn is_quiet(&self, at: Timestamp) -> bool {
+        let zoned = at.to_zoned(self.zone.clone());
+        let mut windows = self.quiet.iter();
+        windows.any(|window| window.contains(zoned.weekday(), zoned.time()))
+    }
+
+    /// Whether a VM of this name is meant.
+    pub fn is_about(&self, vm: &str) -> bool {
+        let matches = |patterns: &[String]| {
+            patterns
+                .iter()
+                .any(|pattern| glob_match::glob_match(pattern, vm))
+        };
+        matches(&self.vms) && !matches(&self.exclude)
+    }
+}
+
+impl Window {
+    /// Whether a local time is in it.
+    pub fn contains(&self, day: Weekday, time: Time) -> bool {
+        let is_of =
+            |day: Weekday| self.days[usize::try_from(day.to_monday_zero_offset()).unwrap_or(0)];
+        if self.from < self.to {
+            return is_of(day) && self.from <= time && time < self.to;
+        }
+        (is_of(day) && self.from <= time) || (is_of(day.previous()) && time < self.to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: &str = "\
+[policy.shop]
+source = \"hv1\"
+destination = \"hv2\"
+vms = [\"web*\", \"db\"]
+exclude = [\"web-test\"]
+every = \"15m\"
+rpo = \"1h\"
+keep = { last = 4, daily = 7 }
+not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
+";
+
+    fn mistakes(text: &str) -> Vec<Mistake> {
+        parse(text).expect_err(text)
+    }
+
+    #[test]
+    fn a_plain_policy_is_read() {
+        let all = parse(PLAIN).unwrap();
+        let [policy] = &all[..] else {
+            panic!("{all:?}")
+        };
+        assert_eq!(
+            (policy.keep.last, policy.keep.daily, policy.keep.hourly),
+            (4, 7, 0)
+        );
+        let about = ["web-1", "db", "web-test", "mail"].map(|vm| policy.is_about(vm));
+        assert_eq!(about, [true, true, false, false]);
+        let window = &policy.quiet[0];
+        let at = |hour| Time::constant(hour, 30, 0, 0);
+        assert!(window.contains(Weekday::Friday, at(22)));
+        assert!(window.contains(Weekday::Saturday, at(1)));
+        assert!(!window.contains(Weekday::Friday, at(1)));
+        assert!(!window.contains(Weekday::Saturday, at(22)));
+    }
+
+    #[test]
+    fn each_kind_of_mistake_is_told_with_its_line() {
+        let cases = [
+            ("source = \"hv1\"", "source = \"hv2\"", 3, "same host"),
+            ("vms = [\"web*\", \"db\"]", "vms = []", 4, "no VM"),
+            ("every = \"15m\"", "every = \"15 parsecs\"", 6, "15 parsecs"),
+            ("every = \"15m\"", "every = \"1s\"", 6, "at least"),
+            ("every = \"15m\"", "schedule = \"* * *\"", 6, "five fields"),
+            (
+                "every = \"15m\"",
+                "every = \"15m\"\nschedule = \"0 * * * *\"",
+                6,
+                "both",
+            ),
+            ("every = \"15m\"\n", "", 1, "never runs"),
+            ("rpo = \"1h\"", "rpo = \"15m\"", 7, "15m"),
+            ("rpo = \"1h\"", "rpo = \"-1h\"", 7, "-1h"),
+            (
+                "rpo = \"1h\"",
+                "rpo = \"1h\"\ntimezone = \"Europe/Zürich\"",
+                8,
+                "Zürich",
+            ),
+            (
+                "rpo = \"1h\"",
+                "rpo = \"1h\"\nparallel = 0",
+                8,
+                "parallel = 0",
+            ),
+            ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"torn\"", 8, "torn"),
+            ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"pause\"", 8, "pause"),
+            (
+                "rpo = \"1h\"",
+                "rpo = \"1h\"\nquiesce = \"perhaps\"",
+                8,
+                "perhaps",
+            ),
+            (
+                "rpo = \"1h\"",
+                "rpo = \"1h\"\nbandwidth-limit = \"0\"",
+                8,
+                "bandwidth-limit",
+            ),
+            (
+                "rpo = \"1h\"",
+                "rpo = \"1h\"\nmin-free = \"much\"",
+                8,
+                "much",
+            ),
+            ("source = \"hv1\"", "source = \"-oProxy\"", 2, "-oProxy"),
+            (
+                "rpo = \"1h\"",
+                "rpo = \"1h\"\ndirectory = \"replicas\"",
+                8,
+                "absolute",
+            ),
+            ("rpo = \"1h\"", "rpo = \"1h\"\nrtp = \"2h\"", 8, "rtp"),
+            ("to = \"02:00\"", "to = \"2 am\"", 9, "2 am"),
+            ("to = \"02:00\"", "to = \"22:00\"", 9, "ends when it begins"),
+            ("days = \"fri\"", "days = \"fry\"", 9, "fry"),
+            ("keep = { last = 4", "keep = { last = -4", 8, ""),
+            ("[policy.shop]", "[policy.\"a/b\"]", 1, "a/b"),
+            ("destination = \"hv2\"\n", "", 1, "destination"),
+        ];
+        for (right, wrong, line, told) in cases {
+            assert!(PLAIN.contains(right), "{right}");
+            let found = mistakes(&PLAIN.replacen(right, wrong, 1));
+            assert_eq!(found.len(), 1, "{wrong}: {found:?}");
+            assert_eq!(found[0].line, line, "{wrong}: {found:?}");
+            assert!(found[0].what.contains(told), "{wrong}: {found:?}");
+            assert!(!found[0].remedy.is_empty(), "{wrong}: {found:?}");
+        }
+        let every_key = TEMPLATE.lines().map(|line| {
+            line.strip_prefix('#')
+                .filter(|rest| rest.contains(" = "))
+                .unwrap_or(line)
+        });
+        let every_key: Vec<&str> = every_key.collect();
+        assert_eq!(parse(TEMPLATE).unwrap().len(), 1);
+        assert_eq!(parse(&every_key.join("\n")).unwrap().len(), 1);
+        assert!(mistakes("")[0].what.contains("no policy"));
+        let two = PLAIN.replace("15m", "x").replace("1h", "y");
+        assert_eq!(mistakes(&two).len(), 2);
+    }
+}

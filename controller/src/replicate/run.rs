@@ -1,0 +1,209 @@
+//! A run of a policy: a new point of each VM that it is about, and the points that it makes one too
+//! many go.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use super::keep::{FromTheFuture, newest};
+use super::policy::Policy;
+use crate::error::{Error, ErrorCode, Result};
+use crate::history::{Begun, Recording};
+use crate::host::Host;
+use crate::libvirt::Hypervisor;
+use crate::transfer::Context;
+use crate::vm::VmResult;
+use crate::vm::point::Point;
+use crate::vm::replica::{self, ReplicaRequest};
+
+/// What a run did with one VM.
+#[derive(Debug, Serialize)]
+pub struct VmRun {
+    /// The policy.
+    pub policy: String,
+    /// What was done.
+    #[serde(flatten)]
+    pub result: VmResult,
+    /// The new point.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub point: Option<String>,
+    /// The points that went.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<String>,
+}
+
+/// Which VMs of its policy a run is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// All.
+    All,
+    /// Those of which a point is due.
+    Due,
+}
+
+/// What a policy finds on its hosts.
+#[derive(Debug)]
+pub struct Found {
+    /// VMs that it is about, in the order of their names.
+    pub vms: Vec<String>,
+    /// VMs that it names, or of which there are replicas, and that its source does not have.
+    pub gone: Vec<String>,
+}
+
+/// Looks for the VMs of a policy.
+///
+/// # Errors
+/// When one of the hosts cannot be asked.
+pub async fn find(source: &Hypervisor, destination: &Host, policy: &Policy) -> Result<Found> {
+    tokio::try_join!(source.host().share(), destination.share())?;
+    let definitions = source.definitions().await?;
+    let names = definitions.iter().map(|vm| vm.name().to_owned());
+    let mut vms: Vec<String> = names.filter(|name| policy.is_about(name)).collect();
+    vms.sort();
+    let mut gone = policy.named();
+    gone.extend(replica::names(destination, &policy.place()).await?);
+    gone.retain(|name| !vms.contains(name));
+    gone.sort();
+    gone.dedup();
+    Ok(Found { vms, gone })
+}
+
+/// Runs a policy. What fails is in the answer, also when no VM could be looked for.
+pub async fn run(context: &Context, connect: &str, policy: &Policy, which: Which) -> Vec<VmRun> {
+    let source = Hypervisor::new(context.host(&policy.source), connect);
+    let destination = context.host(&policy.destination);
+    let found = match find(&source, &destination, policy).await {
+        Ok(found) => found,
+        Err(error) => return vec![failed(policy, "", error)],
+    };
+    let turns = Arc::new(Semaphore::new(policy.parallel.get()));
+    let mut running = JoinSet::new();
+    for (at, vm) in found.vms.into_iter().enumerate() {
+        let (context, connect) = (context.clone(), connect.to_owned());
+        let (policy, turns) = (policy.clone(), Arc::clone(&turns));
+        running.spawn(async move {
+            // The semaphore is never closed; without a permit the work is done all the same.
+            let _turn = turns.acquire_owned().await;
+            (
+                at,
+                Box::pin(vm_run(&context, &connect, &policy, &vm, which)).await,
+            )
+        });
+    }
+    let mut done = running.join_all().await;
+    done.sort_by_key(|(at, _)| *at);
+    let mut all: Vec<VmRun> = done.into_iter().filter_map(|(_, run)| run).collect();
+    all.extend(found.gone.iter().map(|vm| {
+        let message = format!(
+            "{vm} is gone from {}; what there is of its replica stays",
+            policy.source
+        );
+        let error = Error::new(ErrorCode::NotFound, message);
+        let hint = format!(
+            "exclude it from {} if that is meant, and remove its replica",
+            policy.name
+        );
+        failed(policy, vm, error.hint(hint))
+    }));
+    all
+}
+
+/// One VM; `None` when nothing is due.
+async fn vm_run(
+    context: &Context,
+    connect: &str,
+    policy: &Policy,
+    vm: &str,
+    which: Which,
+) -> Option<VmRun> {
+    let destination = context.host(&policy.destination);
+    let directory = policy.directory_of(vm);
+    if which == Which::Due {
+        let now = Timestamp::now();
+        let newest = match replica::points(&destination, &directory).await {
+            Ok(listed) => newest(listed.instants(), now),
+            Err(error) => return Some(failed(policy, vm, error)),
+        };
+        if policy.is_quiet(now) || policy.schedule.due(newest, now).is_none() {
+            return None;
+        }
+    }
+    let request = ReplicaRequest {
+        source: policy.source.clone(),
+        destination: policy.destination.clone(),
+        vm: vm.to_owned(),
+        directory: directory.clone(),
+        live: policy.live,
+        quiesce: policy.quiesce,
+        min_free: policy.min_free,
+        bandwidth_limit: policy.bandwidth_limit,
+    };
+    let recording = Recording::begin(&Begun {
+        operation: "replicate",
+        vm: Some(vm),
+        source: policy.source.to_string(),
+        destination: policy.destination.to_string(),
+    });
+    let (result, point) = replica::refresh(context, connect, &request).await;
+    let mut run = VmRun {
+        policy: policy.name.clone(),
+        result,
+        point: point.map(|point| point.name),
+        removed: Vec::new(),
+    };
+    if run.point.is_some() {
+        let warnings = &mut run.result.warnings;
+        match prune(&destination, &directory, policy, warnings).await {
+            Ok(removed) => run.removed = removed,
+            Err(error) => warnings.push(error.one_line()),
+        }
+    }
+    if let Err(error) = recording.and_then(|recording| recording.end(&run)) {
+        run.result.warnings.push(error.one_line());
+    }
+    Some(run)
+}
+
+/// Removes the points that need not stay, and gives back their names.
+async fn prune(
+    on: &Host,
+    directory: &str,
+    policy: &Policy,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<String>> {
+    let listed = replica::points(on, directory).await?;
+    let instants: Vec<Timestamp> = listed.instants().collect();
+    warnings.extend(listed.strange);
+    let stays = policy
+        .keep
+        .choose(&instants, &policy.zone, Timestamp::now());
+    let stays = stays.map_err(|FromTheFuture(instant)| {
+        let message = format!(
+            "no point is removed: one of {directory} is of {instant}, which has not come by this clock"
+        );
+        Error::new(ErrorCode::Refused, message)
+    })?;
+    let goes = listed
+        .points
+        .into_iter()
+        .zip(stays)
+        .filter(|(_, stays)| !stays);
+    let goes: Vec<Point> = goes.map(|(point, _)| point).collect();
+    if !goes.is_empty() {
+        replica::remove_points(on, directory, &goes).await?;
+    }
+    Ok(goes.into_iter().map(|point| point.name).collect())
+}
+
+fn failed(policy: &Policy, vm: &str, error: Error) -> VmRun {
+    let (source, destination) = (&policy.source, &policy.destination);
+    VmRun {
+        policy: policy.name.clone(),
+        result: VmResult::failed("replicate", source, destination, vm, error),
+        point: None,
+        removed: Vec::new(),
+    }
+}

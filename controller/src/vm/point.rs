@@ -1,0 +1,386 @@
+//! Recovery points: the version of a VM at one instant, in a directory of its own that comes to be
+//! whole or not at all. It holds all that starting the VM takes, for people without this program as
+//! well.
+//!
+//! ```text
+//!  DIR/points/20261129T123341Z/vda.raw …        what the guest saw
+//!                              domain.xml       the definition, with disks in DIR/live
+//!                              nvram, tpm/…     where the VM has them
+//!                              manifest.json    whose version, of when, how consistent
+//!                              RUNBOOK.txt      how to start it with virsh
+//! ```
+
+use std::fmt::Write as _;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::survey::Survey;
+use super::{naming, network};
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::{Host, quoted};
+use crate::libvirt::Hypervisor;
+use crate::libvirt::definition::{Definition, DiskSource, Edit};
+use crate::transfer::Consistency;
+
+/// The version of the manifest's format.
+const FORMAT: u32 = 1;
+
+const MANIFEST: &str = "manifest.json";
+
+/// What a point is of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    format: u32,
+    /// The version of the program that made it.
+    pub made_by: String,
+    /// The VM's name.
+    pub vm: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// The host that had it.
+    pub source: String,
+    /// The instant whose contents all disks hold.
+    pub instant: Timestamp,
+    /// What they are to the guest.
+    pub consistency: PointConsistency,
+    /// The disks.
+    pub disks: Vec<PointDisk>,
+}
+
+/// What the disks of a point are to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PointConsistency {
+    /// It was off.
+    Off,
+    /// Its file systems stood still.
+    Application,
+    /// As after a power cut.
+    Crash,
+}
+
+impl PointConsistency {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Application => "application",
+            Self::Crash => "crash",
+        }
+    }
+
+    /// That of disks which were read so; a replica is never read torn.
+    pub(super) fn of(consistency: Option<Consistency>) -> Self {
+        match consistency {
+            None => Self::Off,
+            Some(Consistency::Application) => Self::Application,
+            Some(Consistency::Crash | Consistency::Torn) => Self::Crash,
+        }
+    }
+}
+
+/// A disk of a point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PointDisk {
+    /// `vda`, `sda`, …
+    pub target: String,
+    /// Its file in the point's directory: raw.
+    pub file: String,
+    /// What the guest sees, in bytes.
+    pub size_bytes: u64,
+}
+
+/// A point that is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Point {
+    /// By which it is called: its instant.
+    pub name: String,
+    /// Its directory.
+    pub path: String,
+    /// What it is of.
+    #[serde(flatten)]
+    pub manifest: Manifest,
+}
+
+/// The points of a VM.
+#[derive(Debug, Default)]
+pub struct Listed {
+    /// From the oldest on.
+    pub points: Vec<Point>,
+    /// What is among them and no point that can be read, and why.
+    pub strange: Vec<String>,
+}
+
+impl Listed {
+    /// Their instants.
+    pub fn instants(&self) -> impl Iterator<Item = Timestamp> {
+        self.points.iter().map(|point| point.manifest.instant)
+    }
+}
+
+/// What a point is made of.
+pub(super) struct Making<'a> {
+    pub(super) survey: &'a Survey,
+    pub(super) instant: Timestamp,
+    pub(super) consistency: PointConsistency,
+    /// The directory with the disks, `vda.raw` and so on, which hold that version.
+    pub(super) head: &'a str,
+    /// The contents of small files, by their names in the point.
+    pub(super) small: &'a [(String, Vec<u8>)],
+}
+
+/// The points of one VM.
+#[derive(Debug)]
+pub(super) struct Points<'a> {
+    on: &'a Host,
+    directory: &'a str,
+}
+
+/// The name of a disk's file.
+pub(super) fn file_of(target: &str) -> String {
+    format!("{target}.raw")
+}
+
+impl<'a> Points<'a> {
+    /// Those below the directory of a replica.
+    pub(super) fn of(on: &'a Host, directory: &'a str) -> Self {
+        Self { on, directory }
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("{}/points/{name}", self.directory)
+    }
+
+    /// Makes a point; its disks share their blocks with those of the head.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or something cannot be written: then there is none.
+    pub(super) async fn make(&self, making: &Making<'_>) -> Result<Point> {
+        let unfinished = self.path(".new");
+        self.on.remove(std::slice::from_ref(&unfinished)).await?;
+        self.on.make_directory(&unfinished, "0700").await?;
+        let disks: Vec<PointDisk> = making
+            .survey
+            .disks
+            .iter()
+            .map(|disk| PointDisk {
+                target: disk.target.clone(),
+                file: file_of(&disk.target),
+                size_bytes: disk.size_bytes(),
+            })
+            .collect();
+        let heads: Vec<String> = disks
+            .iter()
+            .map(|disk| naming::join(making.head, &disk.file))
+            .collect();
+        let mut words = vec!["cp", "--reflink=always", "--preserve=mode", "--"];
+        words.extend(heads.iter().map(String::as_str));
+        words.push(&unfinished);
+        self.on.tool_output(&words, b"").await?;
+        let copies = disks
+            .iter()
+            .map(|disk| naming::join(&unfinished, &disk.file));
+        let copies: Vec<String> = copies.collect();
+        let mut words = vec!["sync", "--"];
+        words.extend(copies.iter().map(String::as_str));
+        self.on.tool_output(&words, b"").await?;
+
+        let live = format!("{}/live", self.directory);
+        let definition = definition_at(making.survey, &live)?;
+        let name = name_of(making.instant);
+        let manifest = Manifest {
+            format: FORMAT,
+            made_by: env!("CARGO_PKG_VERSION").to_owned(),
+            vm: making.survey.name().to_owned(),
+            uuid: definition.uuid(),
+            source: making.survey.on.host().to_string(),
+            instant: making.instant,
+            consistency: making.consistency,
+            disks,
+        };
+        let point = Point {
+            path: self.path(&name),
+            name,
+            manifest,
+        };
+        let runbook = runbook(&point, making, &definition, &live)?;
+        let json = serde_json::to_vec_pretty(&point.manifest).map_err(|error| {
+            Error::new(ErrorCode::Internal, "a manifest that is no JSON").caused_by(error)
+        })?;
+        let texts = [
+            ("domain.xml", definition.text().as_bytes()),
+            ("RUNBOOK.txt", runbook.as_bytes()),
+            (MANIFEST, &json),
+        ];
+        let small = making.small.iter();
+        let small = small.map(|(name, contents)| (name.as_str(), contents.as_slice()));
+        for (name, contents) in small.chain(texts) {
+            let path = naming::join(&unfinished, name);
+            let (directory, _) = naming::split(&path);
+            self.on.make_directory(directory, "0700").await?;
+            self.on.write_file(&path, contents).await?;
+        }
+        let words = ["mv", "-T", "--", &unfinished, &point.path];
+        self.on.tool_output(&words, b"").await?;
+        self.on
+            .tool_output(&["sync", "--", &self.path("")], b"")
+            .await?;
+        Ok(point)
+    }
+
+    /// All that there are; none where there is no replica.
+    ///
+    /// # Errors
+    /// When the host cannot be reached.
+    pub(super) async fn list(&self) -> Result<Listed> {
+        let names = self.on.names_in(&self.path("")).await?.unwrap_or_default();
+        let mut listed = Listed::default();
+        for name in names.into_iter().filter(|name| !name.starts_with('.')) {
+            let path = self.path(&name);
+            let file = naming::join(&path, MANIFEST);
+            let json = self.on.read_file(&file).await?.unwrap_or_default();
+            match serde_json::from_slice(&json) {
+                Ok(manifest) => listed.points.push(Point {
+                    name,
+                    path,
+                    manifest,
+                }),
+                Err(why) => listed.strange.push(format!(
+                    "{file} on {} is not what this program writes, and its point is left alone: {why}",
+                    self.on
+                )),
+            }
+        }
+        listed.points.sort_by_key(|point| point.manifest.instant);
+        Ok(listed)
+    }
+
+    /// Removes a point: it is there, or it is not.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or it cannot be removed.
+    pub(super) async fn remove(&self, point: &Point) -> Result<()> {
+        let leaving = self.path(&format!(".gone-{}", point.name));
+        let words = ["mv", "-T", "--", &point.path, &leaving];
+        self.on.tool_output(&words, b"").await?;
+        self.sweep().await
+    }
+
+    /// Removes what was being made, or removed, by a run that broke off.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or it cannot be removed.
+    pub(super) async fn sweep(&self) -> Result<()> {
+        let names = self.on.names_in(&self.path("")).await?.unwrap_or_default();
+        let hidden = names.iter().filter(|name| name.starts_with('.'));
+        let hidden: Vec<String> = hidden.map(|name| self.path(name)).collect();
+        self.on.remove(&hidden).await
+    }
+}
+
+/// The name of the point of an instant: no colon, which QEMU would take for a protocol.
+fn name_of(instant: Timestamp) -> String {
+    instant.strftime("%Y%m%dT%H%M%SZ").to_string()
+}
+
+/// The definition of a VM whose disks are raw files in another directory.
+fn definition_at(survey: &Survey, directory: &str) -> Result<Definition> {
+    let mut edits = Vec::new();
+    for disk in &survey.disks {
+        let (index, defined) = (disk.index, survey.defined(disk));
+        let path = naming::join(directory, &file_of(&disk.target));
+        edits.push(Edit::DiskSource {
+            disk: index,
+            source: DiskSource::File(path),
+        });
+        if defined.has_explicit_chain {
+            edits.push(Edit::DropBackingStore { disk: index });
+        }
+        if disk.images[0].format != "raw" {
+            edits.push(Edit::DiskFormat {
+                disk: index,
+                format: "raw".to_owned(),
+            });
+        }
+    }
+    survey.domain.definition.edited(&edits)
+}
+
+/// How to start the VM from a point, with virsh alone.
+fn runbook(
+    point: &Point,
+    making: &Making<'_>,
+    definition: &Definition,
+    live: &str,
+) -> Result<String> {
+    let Point { path, manifest, .. } = point;
+    let Manifest {
+        vm,
+        uuid,
+        source,
+        instant,
+        ..
+    } = manifest;
+    let mut steps = Vec::new();
+    let mut step = |text: String| steps.push(text);
+    let copies = manifest.disks.iter();
+    let copies: Vec<String> = copies.map(|disk| naming::join(path, &disk.file)).collect();
+    let copies: Vec<&str> = copies.iter().map(String::as_str).collect();
+    step(quoted(&["mkdir", "-m", "0711", live])?);
+    step(quoted(
+        &[&["cp", "--reflink=auto", "--"], &copies[..], &[live]].concat(),
+    )?);
+    let has = |prefix: &str| {
+        making
+            .small
+            .iter()
+            .any(|(name, _)| name.starts_with(prefix))
+    };
+    if has("nvram")
+        && let Some(nvram) = Hypervisor::nvram_path(definition, vm)
+    {
+        step(quoted(&["cp", "--", &naming::join(path, "nvram"), &nvram])?);
+    }
+    if has("tpm/") {
+        let state = Hypervisor::tpm_directory(*uuid);
+        step(quoted(&["mkdir", "-p", "-m", "0711", &state])?);
+        step(quoted(&[
+            "cp",
+            "-r",
+            "--",
+            &naming::join(path, "tpm/."),
+            &state,
+        ])?);
+    }
+    step(quoted(&[
+        "virsh",
+        "define",
+        &naming::join(path, "domain.xml"),
+    ])?);
+    step(quoted(&["virsh", "start", vm])?);
+    let mut text = format!(
+        "{vm} as it was on {source} at {instant}\n\n\
+         To start it here without kvm-clone-ctl, as root. First be sure that it does not run on \
+         {source}\nany more: two of one VM spoil each other's work. {live} must not be there yet.\n\n"
+    );
+    for step in steps {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "  {step}");
+    }
+    let networks = definition.interfaces().iter();
+    let networks: Vec<String> = networks
+        .filter_map(|interface| network::name_of(&interface.source).map(str::to_owned))
+        .collect();
+    if !networks.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nIt is connected to: {}. What this host lacks of that, \"virsh edit\" changes.",
+            networks.join(", ")
+        );
+    }
+    Ok(text)
+}

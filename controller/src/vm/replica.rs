@@ -1,0 +1,498 @@
+//! The replica of a VM: its disks as raw files below one directory of another host, brought up to
+//! date by each run, which then keeps them as a new [`point`](super::point). libvirt there knows
+//! nothing of it.
+//!
+//! ```text
+//!  DIR/replica.json    what the head is, and that a run has begun to change it
+//!      replica.lock    a run is at it, from whichever controller
+//!      head/vda.raw …  the newest version
+//!      points/…        versions that stay
+//! ```
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use jiff::Timestamp;
+use kvm_clone_protocol::message::Recovery;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::checks;
+use super::lineage::{self, Left};
+use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Version, Versions};
+use super::naming;
+use super::obstacle::{Obstacle, Obstacles, to_error};
+use super::point::{self, Listed, Making, Point, PointConsistency, Points};
+use super::result::VmResult;
+use super::space;
+use super::state;
+use super::survey::Survey;
+use super::transfers::{Move, Moves};
+use crate::endpoint::HostSpec;
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::{Guard, Host};
+use crate::libvirt::Hypervisor;
+use crate::output;
+use crate::transfer::recover::recover;
+use crate::transfer::{Context, MethodChoice, Operation, Options};
+
+/// The version of the format of `replica.json`.
+const FORMAT: u32 = 1;
+
+/// Which VM is brought up to date where, and how.
+#[derive(Debug, Clone)]
+pub struct ReplicaRequest {
+    /// The host that has the VM.
+    pub source: HostSpec,
+    /// The host that has its replica.
+    pub destination: HostSpec,
+    /// Its name or UUID.
+    pub vm: String,
+    /// The directory of its replica.
+    pub directory: String,
+    /// What is done about it if it runs.
+    pub live: LiveChoice,
+    /// Whether its file systems are frozen for that.
+    pub quiesce: Quiesce,
+    /// Bytes that stay free on the destination's file system.
+    pub min_free: u64,
+    /// Bytes a second, of all disks together; `None` for no limit.
+    pub bandwidth_limit: Option<u64>,
+}
+
+/// How many disks are transferred at once.
+const PARALLEL: NonZeroUsize = NonZeroUsize::new(4).expect("four is not zero");
+
+/// What is remembered of the head.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Head {
+    format: u32,
+    source_uuid: Uuid,
+    /// A run began to change it, and has not ended.
+    unfinished: bool,
+    /// What its files were when the last run had ended.
+    files: BTreeMap<String, Left>,
+    /// What the replica is called there, whatever becomes of a run.
+    pair: String,
+    /// By this the source's host knows what the guest has written since.
+    version: Option<Version>,
+}
+
+/// A replica, and where it is.
+#[derive(Debug)]
+struct Replica {
+    on: Hypervisor,
+    directory: String,
+}
+
+/// Both ends, found fit.
+struct Fit {
+    source: Survey,
+    moves: Vec<Move>,
+    reading: Reading,
+    versions: Versions,
+    options: Options,
+    _lock: Guard,
+}
+
+/// Brings a replica up to date, and makes a point of it. A failure is part of the result.
+pub async fn refresh(
+    context: &Context,
+    connect: &str,
+    request: &ReplicaRequest,
+) -> (VmResult, Option<Point>) {
+    let started = Instant::now();
+    let (source, destination) = (request.source.to_string(), request.destination.to_string());
+    let mut result = VmResult::new("replicate", source, destination);
+    result.vm.clone_from(&request.vm);
+    result.target_vm.clone_from(&request.vm);
+    match Box::pin(run(context, connect, request, &mut result)).await {
+        Ok(point) => (result.ended(started, Ok(())), Some(point)),
+        Err(error) => (result.ended(started, Err(error)), None),
+    }
+}
+
+/// The points of a replica.
+///
+/// # Errors
+/// When the host cannot be reached.
+pub async fn points(on: &Host, directory: &str) -> Result<Listed> {
+    Points::of(on, directory).list().await
+}
+
+/// Removes points of a replica, unless a run is at it.
+///
+/// # Errors
+/// Busy; when the host cannot be reached, or one cannot be removed.
+pub async fn remove_points(on: &Host, directory: &str, points: &[Point]) -> Result<()> {
+    let lock = lock(on, directory).await?;
+    for point in points {
+        Points::of(on, directory).remove(point).await?;
+    }
+    lock.end().await
+}
+
+/// The VMs that have replicas at a place.
+///
+/// # Errors
+/// When the host cannot be reached.
+pub async fn names(on: &Host, place: &str) -> Result<Vec<String>> {
+    let names = on.names_in(place).await?.unwrap_or_default();
+    let files = names.iter().filter(|name| !name.starts_with('.'));
+    Ok(files.filter_map(|file| state::name_of(file)).collect())
+}
+
+/// The directory of a VM's replica at a place.
+pub fn directory_of(place: &str, vm: &str) -> String {
+    naming::join(place, &state::file_name(vm))
+}
+
+/// What keeps replicas from being at a place of a host, which need not exist; `gone` are VMs that
+/// have one there, and that their source has no more.
+///
+/// # Errors
+/// When the host cannot be reached, or may not look.
+pub async fn check_place(
+    on: &Host,
+    place: &str,
+    min_free: u64,
+    gone: &[String],
+) -> Result<Vec<Obstacle>> {
+    let mut obstacles = Obstacles::default();
+    for vm in gone {
+        let hint = "name one that is there, or remove its replica if it is no longer needed";
+        obstacles.add(
+            ErrorCode::NotFound,
+            format!("{vm} is gone from its source"),
+            hint,
+        );
+    }
+    if let Some(directory) = space::existing(on, place).await? {
+        check_file_system(on, &directory, min_free, &mut obstacles).await?;
+    }
+    Ok(obstacles.into_found())
+}
+
+/// The file system of a directory must leave so much free, and share blocks between files.
+async fn check_file_system(
+    on: &Host,
+    directory: &str,
+    needed: u64,
+    obstacles: &mut Obstacles,
+) -> Result<()> {
+    let free = on.space(directory).await?.free_bytes;
+    if free < needed {
+        let (free, needed) = (output::iec(free), output::iec(needed));
+        obstacles.add(
+            ErrorCode::NoSpace,
+            format!("{directory} on {on} has {free} free, and {needed} are needed"),
+            "make room there, or keep fewer points",
+        );
+    }
+    if !shares_blocks(on, directory).await? {
+        obstacles.missing(
+            format!("{directory} on {on} is on a file system that does not share blocks"),
+            "points need XFS with reflink, or btrfs: choose another \"directory\"",
+        );
+    }
+    Ok(())
+}
+
+async fn shares_blocks(on: &Host, directory: &str) -> Result<bool> {
+    let [one, other] = [".kc-one", ".kc-other"].map(|name| naming::join(directory, name));
+    // A file without contents has no blocks, and is copied anywhere.
+    on.write_file(&one, b"a block").await?;
+    let words = ["cp", "--reflink=always", "--", &one, &other];
+    let copied = on.tool(&words, b"").await?;
+    // Whatever became of it.
+    on.remove(&[one, other]).await?;
+    Ok(copied.status.success())
+}
+
+async fn lock(on: &Host, directory: &str) -> Result<Guard> {
+    let path = naming::join(directory, "replica.lock");
+    on.lock(&path).await?.ok_or_else(|| {
+        let message = format!("another run is at {directory} on {on}");
+        Error::new(ErrorCode::Busy, message).hint("wait until it has ended")
+    })
+}
+
+async fn run(
+    context: &Context,
+    connect: &str,
+    request: &ReplicaRequest,
+    result: &mut VmResult,
+) -> Result<Point> {
+    let from = Hypervisor::new(context.host(&request.source), connect);
+    let to = Hypervisor::new(context.host(&request.destination), connect);
+    tokio::try_join!(from.host().share(), to.host().share())?;
+    let replica = Replica {
+        on: to,
+        directory: request.directory.clone(),
+    };
+    let mut fit = Box::pin(prepare(&from, &replica, request, result)).await?;
+    // Ahead of the instant that the disks are read as of: no point is taken for newer than it is.
+    let now = Timestamp::now();
+    let warnings = &mut result.warnings;
+    let hold = Hold::begin(&fit.source, fit.reading, Some(&fit.versions), warnings).await?;
+    if let Some(hold) = &hold {
+        hold.redirect(&mut fit.moves, &mut fit.options);
+    }
+    result.consistency = live::consistency(fit.reading, hold.as_ref());
+    let copied = Box::pin(copy(context, request, &replica, &fit, result)).await;
+    if let Some(hold) = &hold {
+        hold.name_results(&mut result.disks, &mut result.warnings);
+    }
+    let (small, done) = match copied {
+        Ok(small) => (small, Ok(())),
+        Err(error) => (Vec::new(), Err(error)),
+    };
+    live::let_end(hold, done).await?;
+    let point = replica
+        .points()
+        .make(&Making {
+            survey: &fit.source,
+            instant: now,
+            consistency: PointConsistency::of(result.consistency),
+            head: &replica.head(),
+            small: &small,
+        })
+        .await?;
+    replica.end(&fit).await?;
+    if matches!(fit.reading, Reading::Snapshot(_)) {
+        live::prune(&fit.source, &fit.versions).await?;
+    }
+    Ok(point)
+}
+
+/// Looks at both ends; or gives all that is in the way as one error.
+async fn prepare(
+    from: &Hypervisor,
+    replica: &Replica,
+    request: &ReplicaRequest,
+    result: &mut VmResult,
+) -> Result<Fit> {
+    let mut obstacles = Obstacles::default();
+    let mut source = Survey::of(from, &request.vm, &[], &mut obstacles).await?;
+    live::mend(from, &mut source, &mut result.warnings).await?;
+    result.vm = source.name().to_owned();
+    result.target_vm = source.name().to_owned();
+    lineage::check_source(&source, &mut obstacles).await?;
+    let leave_out = |_: &str| "exclude the VM from the policy, or take it out of the VM".to_owned();
+    checks::portable(&source, &[], leave_out, &mut obstacles);
+    if source.disks.is_empty() {
+        let hint = "exclude it from the policy";
+        obstacles.refused(
+            format!("{} has no disk that can be copied", source.name()),
+            hint,
+        );
+    }
+    let (host, directory) = (replica.on.host(), &replica.directory);
+    let head = replica.read().await?;
+    let uuid = source.domain.definition.uuid();
+    if let Some(head) = head.as_ref().filter(|head| head.source_uuid != uuid) {
+        obstacles.refused(
+            format!(
+                "{directory} on {host} is the replica of another VM, {}",
+                head.source_uuid
+            ),
+            format!(
+                "this {} is {uuid}: move that replica away if it is no longer needed",
+                source.name()
+            ),
+        );
+    }
+    let reading = request
+        .live
+        .reading(request.quiesce, &source, &mut obstacles)
+        .of_contents(&source, &mut obstacles);
+    let options = Options {
+        method: MethodChoice::Blocksync,
+        live: reading.live_read(),
+        bandwidth_limit: request.bandwidth_limit,
+        ..Options::default()
+    };
+    replica
+        .check_room(&source, head.is_none(), request.min_free, &mut obstacles)
+        .await?;
+    let found = obstacles.into_found();
+    let what = format!("cannot replicate {} to {host}", source.name());
+    if let Some(error) = to_error(&found, &what) {
+        result.obstacles = found;
+        return Err(error);
+    }
+    for inner in [directory, &replica.head(), &format!("{directory}/points")] {
+        host.make_directory(inner, "0711").await?;
+    }
+    let lock = lock(host, directory).await?;
+    let head = replica.settle().await?;
+    let (pair, version) = match head {
+        Some(head) if replica.is_as_left(&head).await? => (Some(head.pair), head.version),
+        Some(head) => (Some(head.pair), None),
+        None => (None, None),
+    };
+    let versions = Versions::after(pair, version, &source).await?;
+    let moves = source.disks.iter().map(|disk| Move {
+        target: disk.target.clone(),
+        source: disk.images[0].path.clone(),
+        read_from: None,
+        destination: naming::join(&replica.head(), &point::file_of(&disk.target)),
+        write_to: None,
+        is_of_guest: true,
+        own_reference: false,
+    });
+    Ok(Fit {
+        moves: moves.collect(),
+        source,
+        reading,
+        versions,
+        options,
+        _lock: lock,
+    })
+}
+
+/// Makes the head equal to what is read, and gives back the small files of the VM.
+async fn copy(
+    context: &Context,
+    request: &ReplicaRequest,
+    replica: &Replica,
+    fit: &Fit,
+    result: &mut VmResult,
+) -> Result<Vec<(String, Vec<u8>)>> {
+    let small = small_files(&fit.source).await?;
+    let moves = Moves {
+        operation: Operation::Sync,
+        from: request.source.clone(),
+        to: request.destination.clone(),
+        options: fit.options.clone(),
+        dry_run: false,
+        parallel: PARALLEL,
+    };
+    let head = Head {
+        format: FORMAT,
+        source_uuid: fit.source.domain.definition.uuid(),
+        unfinished: true,
+        files: BTreeMap::new(),
+        pair: fit.versions.pair.clone(),
+        version: None,
+    };
+    let before = Box::pin(replica.write(&head));
+    let (disks, done) = moves.run(context, &fit.moves, before).await;
+    result.take_disks(disks);
+    done.map(|()| small)
+}
+
+/// UEFI variables and the state of the TPM, by their names in a point.
+async fn small_files(source: &Survey) -> Result<Vec<(String, Vec<u8>)>> {
+    let directory = Hypervisor::tpm_directory(source.domain.definition.uuid());
+    let tpm = source.tpm_files.iter();
+    let tpm = tpm.map(|file| (format!("tpm/{file}"), naming::join(&directory, file)));
+    let nvram = source
+        .nvram
+        .iter()
+        .map(|path| ("nvram".to_owned(), path.clone()));
+    let mut small = Vec::new();
+    for (name, path) in nvram.chain(tpm) {
+        // What went meanwhile is not there at the instant either.
+        if let Some(contents) = source.on.host().read_file(&path).await? {
+            small.push((name, contents));
+        }
+    }
+    Ok(small)
+}
+
+impl Replica {
+    fn points(&self) -> Points<'_> {
+        Points::of(self.on.host(), &self.directory)
+    }
+
+    fn head(&self) -> String {
+        naming::join(&self.directory, "head")
+    }
+
+    fn note(&self) -> String {
+        naming::join(&self.directory, "replica.json")
+    }
+
+    async fn write(&self, head: &Head) -> Result<()> {
+        state::write_to(&self.on, &self.note(), head).await
+    }
+
+    /// What is remembered of the head; `None` before the first run has changed it.
+    async fn read(&self) -> Result<Option<Head>> {
+        state::read_from(&self.on, &self.note()).await
+    }
+
+    /// The same once what an earlier run has left half done is ended.
+    async fn settle(&self) -> Result<Option<Head>> {
+        self.points().sweep().await?;
+        let head = self.read().await?;
+        if head.as_ref().is_some_and(|head| head.unfinished) {
+            recover(self.on.host(), Recovery::Finish).await?;
+        }
+        Ok(head)
+    }
+
+    /// Whether nobody has written to the head since the last run.
+    async fn is_as_left(&self, head: &Head) -> Result<bool> {
+        if head.unfinished {
+            return Ok(false);
+        }
+        for (path, left) in &head.files {
+            let facts = self.on.host().file_facts(path).await?;
+            if facts.as_ref().map(Left::of).as_ref() != Some(left) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What the head takes, or a first copy, must leave this much free.
+    async fn check_room(
+        &self,
+        source: &Survey,
+        is_first: bool,
+        min_free: u64,
+        obstacles: &mut Obstacles,
+    ) -> Result<()> {
+        let images = source.disks.iter().flat_map(|disk| &disk.images);
+        let data = images.map(|image| image.facts.allocated_bytes).sum::<u64>();
+        let needed = min_free.saturating_add(if is_first { data } else { 0 });
+        let existing = space::existing(self.on.host(), &self.directory).await?;
+        let directory = existing.as_ref().unwrap_or(&self.directory);
+        check_file_system(self.on.host(), directory, needed, obstacles).await
+    }
+
+    /// The run has ended well: the head is what it is now. Disks that the VM has no more go.
+    async fn end(&self, fit: &Fit) -> Result<()> {
+        let host = self.on.host();
+        let ours: Vec<String> = fit
+            .moves
+            .iter()
+            .map(|each| each.destination.clone())
+            .collect();
+        let names = host.names_in(&self.head()).await?.unwrap_or_default();
+        let all = names.iter().map(|name| naming::join(&self.head(), name));
+        let others: Vec<String> = all
+            .filter(|path| path.ends_with(".raw") && !ours.contains(path))
+            .collect();
+        host.remove(&others).await?;
+        let mut files = BTreeMap::new();
+        for path in ours {
+            if let Some(facts) = host.file_facts(&path).await? {
+                files.insert(path, Left::of(&facts));
+            }
+        }
+        self.write(&Head {
+            format: FORMAT,
+            source_uuid: fit.source.domain.definition.uuid(),
+            unfinished: false,
+            files,
+            pair: fit.versions.pair.clone(),
+            version: Some(fit.versions.becomes.clone()),
+        })
+        .await
+    }
+}

@@ -1,0 +1,262 @@
+//! Replication: points of VMs on another host, as a policy wants them.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvm_clone_tests::controller::{Run, Running};
+use kvm_clone_tests::hypervisor::{Site, SiteSpec, Vm, alone, records, set_mark};
+use kvm_clone_tests::mount::Kind;
+use kvm_clone_tests::process::wait_for;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where replicas are on hvB.
+const PLACE: &str = "/var/lib/libvirt/images/kvm-clone/shop";
+
+/// Two hypervisors, the second with XFS, and a policy from the one to the other.
+struct Replication {
+    site: Site,
+    policies: PathBuf,
+}
+
+impl Replication {
+    fn start(kinds: [Kind; 2], policy: &str) -> Option<Self> {
+        let spec = SiteSpec {
+            kinds,
+            ..SiteSpec::default()
+        };
+        let site = Site::with(&spec)?;
+        let policies = site.controller.home().join("policies.toml");
+        let replication = Self { site, policies };
+        replication.write(policy);
+        Some(replication)
+    }
+
+    fn write(&self, policy: &str) {
+        let both = "[policy.shop]\nsource = \"hvA\"\ndestination = \"hvB\"\n";
+        std::fs::write(&self.policies, format!("{both}{policy}")).unwrap();
+    }
+
+    fn words(&self, words: &[&str]) -> Vec<String> {
+        let file = self.policies.to_str().unwrap();
+        let all = [&["replicate"], words, &["--policies", file]].concat();
+        all.into_iter().map(str::to_owned).collect()
+    }
+
+    fn start_run(&self, words: &[&str]) -> Running {
+        self.site.controller.start(self.words(words))
+    }
+
+    fn run(&self, words: &[&str]) -> Run {
+        self.start_run(words).wait()
+    }
+
+    /// A run of the policy, and what it did with its only VM.
+    fn run_vm(&self) -> Value {
+        let run = self.run(&["run", "shop"]);
+        let runs = run.expect_json()["runs"].clone();
+        assert_eq!(runs.as_array().map(Vec::len), Some(1), "{run}");
+        runs[0].clone()
+    }
+
+    /// The directories of the points of a VM, as its host has them, from the oldest on.
+    fn points(&self, vm: &str) -> Vec<String> {
+        let run = self.run(&["points"]);
+        let vms = run.expect_json()["vms"].clone();
+        let of = |name: &str| vms.as_array()?.iter().find(|vm| vm["vm"] == name).cloned();
+        let points = of(vm).unwrap_or_default()["points"].clone();
+        let points = points.as_array().into_iter().flatten();
+        points
+            .map(|point| point["path"].as_str().unwrap().to_owned())
+            .collect()
+    }
+
+    /// A file of a point, as the test sees it.
+    fn file(&self, point: &str, file: &str) -> PathBuf {
+        let below = point.strip_prefix("/var/lib/libvirt/images/").unwrap();
+        self.site.b.image(below).join(file)
+    }
+
+    /// Claims that a point is one instant, and gives its records.
+    fn records(&self, point: &str) -> u64 {
+        let count = |file: &str| records(&self.file(point, file), "raw").unwrap();
+        let (a, b) = (count("vdb.raw"), count("vdc.raw"));
+        assert!(a == b || a == b + 1, "{point}: {a} and {b} records");
+        a
+    }
+}
+
+const EVERY_MINUTE: &str = "every = \"1m\"\nrpo = \"5m\"\n";
+
+#[test]
+fn a_vm_that_writes_gets_points_of_one_instant_each_of_which_starts_it_by_its_runbook() {
+    let _alone = alone();
+    let policy = format!("vms = [\"busy\"]\nkeep = {{ last = 2 }}\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+        return;
+    };
+    let (a, b) = (&shop.site.a, &shop.site.b);
+    shop.site
+        .define(a, &Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]));
+    a.start_writing("busy");
+    let mut last = 0;
+    let mut points = Vec::new();
+    for (scan, removed) in [("full", 0), ("changes", 0), ("changes", 1)] {
+        let run = shop.run_vm();
+        assert_eq!(run["disks"][2]["scan"], scan, "{run}");
+        assert_eq!(run["consistency"], "application", "{run}");
+        assert_eq!(run["removed"].as_array().map_or(0, Vec::len), removed);
+        points = shop.points("busy");
+        let newest = points.last().unwrap();
+        let records = shop.records(newest);
+        assert!(records > last, "{records} after {last}");
+        last = records;
+    }
+    assert_eq!(points.len(), 2);
+    assert!(shop.records(&points[0]) < last);
+    // Of the VM nothing is known there, until somebody follows the runbook of a point.
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    let status = shop.run(&["status", "--exit-code"]);
+    assert_eq!(status.expect_json()["vms"][0]["state"], "kept", "{status}");
+    a.virsh(&["destroy", "busy"]);
+    let runbook = std::fs::read_to_string(shop.file(&points[0], "RUNBOOK.txt")).unwrap();
+    assert!(runbook.contains("busy as it was on hvA"), "{runbook}");
+    let steps = runbook.lines().filter_map(|line| line.strip_prefix("  "));
+    let steps: Vec<&str> = steps.collect();
+    b.run(&["sh", "-c", &steps.join(" && ")]);
+    wait_for("a guest that writes", PATIENCE, || {
+        b.console("busy").contains("GUEST wrote").then_some(())
+    });
+    b.virsh(&["destroy", "busy"]);
+    // It went on in a copy: the point is what it was.
+    let live = |file: &str| b.image(&format!("kvm-clone/shop/busy/live/{file}"));
+    let gone_on = records(&live("vdb.raw"), "raw").unwrap();
+    assert!(gone_on > shop.records(&points[0]));
+    a.assert_tidy();
+    b.assert_tidy();
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_no_point_that_is_torn_and_loses_none() {
+    let _alone = alone();
+    let policy = format!("vms = [\"busy\"]\nkeep = {{ last = 50 }}\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+        return;
+    };
+    let (a, b) = (&shop.site.a, &shop.site.b);
+    shop.site
+        .define(a, &Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]));
+    a.start_writing("busy");
+    shop.run_vm();
+    let kills = std::env::var("KVM_CLONE_REPLICATION_KILLS");
+    let kills: u32 = kills.map_or(3, |count| count.parse().expect("a count"));
+    let began = std::time::Instant::now();
+    shop.run_vm();
+    let took = began.elapsed();
+    for kill in 0..kills {
+        let before = shop.points("busy");
+        let running = shop.start_run(&["run", "shop"]);
+        std::thread::sleep(took.mul_f64((f64::from(kill) + 0.5) / f64::from(kills)));
+        running.signal(Signal::SIGKILL);
+        drop(running);
+        let after = shop.points("busy");
+        assert_eq!(after[..before.len()], before, "no point is lost");
+        for point in &after[before.len()..] {
+            shop.records(point);
+        }
+        // Its host lets go of what that run had; then all is as ever.
+        let again = || {
+            let run = shop.run(&["run", "shop"]);
+            let is_busy = run.json()["runs"][0]["error"]["code"] == "busy";
+            (!is_busy).then_some(run)
+        };
+        wait_for("the end of that run", PATIENCE, again).expect_code(0);
+        let newest = shop.points("busy");
+        println!("{} records", shop.records(newest.last().unwrap()));
+        let listed = a.virsh(&["checkpoint-list", "--name", "busy"]);
+        assert_eq!(listed.split_whitespace().count(), 1, "{listed}");
+        a.assert_tidy();
+        b.assert_tidy();
+    }
+}
+
+#[test]
+fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
+    let policy = format!("vms = [\"web*\"]\nexclude = [\"*-test\"]\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Xfs, Kind::Xfs], &policy) else {
+        return;
+    };
+    let a = &shop.site.a;
+    for vm in ["web-1", "web-2", "web-test", "mail"] {
+        shop.site.define(a, &Vm::new(vm));
+    }
+    let status = shop.run(&["status", "--exit-code"]);
+    status.expect_failure(1, &["partial"], "2 of 2 VMs");
+    let checked = shop.run(&["check"]).expect_json();
+    let vms = &checked["policies"][0]["vms"];
+    assert_eq!(vms, &serde_json::json!(["web-1", "web-2"]), "{checked}");
+    let due = shop.run(&["run", "--due"]).expect_json();
+    assert_eq!(due["runs"].as_array().map(Vec::len), Some(2), "{due}");
+    assert_eq!(due["runs"][0]["vm"], "web-1", "{due}");
+    let again = shop.run(&["run", "--due"]).expect_json();
+    assert_eq!(again["runs"].as_array().map(Vec::len), Some(0), "{again}");
+
+    set_mark(&a.image("web-1-vda.raw"), "new");
+    let run = shop.run(&["run", "--all"]).expect_json();
+    assert_eq!(run["runs"].as_array().map(Vec::len), Some(2), "{run}");
+    assert_eq!(run["runs"][0]["blocks_changed"], 1, "{run}");
+    assert_eq!(run["runs"][1]["blocks_changed"], 0, "{run}");
+    let points = shop.points("web-1");
+    let newest = points.last().unwrap();
+    kvm_clone_tests::image::assert_equal(&a.image("web-1-vda.raw"), &shop.file(newest, "vda.raw"));
+
+    // One is gone, and the other is another VM of the same name.
+    a.virsh(&["undefine", "web-1"]);
+    a.virsh(&["undefine", "web-2"]);
+    shop.site.define(a, &Vm::new("web-2"));
+    let run = shop.run(&["run", "shop"]);
+    run.expect_failure(1, &["partial"], "2 of 2 VMs");
+    let errors = run.json()["runs"].clone();
+    let error = |at: usize| errors[at]["error"]["message"].as_str().unwrap().to_owned();
+    assert!(error(0).contains("another VM"), "{run}");
+    assert!(error(1).contains("web-1 is gone from hvA"), "{run}");
+    assert_eq!(shop.points("web-1"), points);
+    assert_eq!(shop.points("web-2").len(), 2);
+}
+
+#[test]
+fn a_place_that_will_not_do_is_refused_and_nothing_is_made_of_a_mistake() {
+    let policy = format!("vms = [\"web\"]\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Xfs, Kind::Ext4], &policy) else {
+        return;
+    };
+    shop.site.define(&shop.site.a, &Vm::new("web"));
+    let shares = "does not share blocks";
+    shop.run(&["check"])
+        .expect_failure(8, &["missing_requirement"], shares);
+    shop.run(&["run", "shop"])
+        .expect_failure(8, &["missing_requirement"], shares);
+    assert_eq!(shop.points("web"), [""; 0]);
+    let unknown = shop.run(&["run", "mail"]);
+    unknown.expect_code(4);
+    assert!(unknown.stderr.contains("no policy \"mail\""), "{unknown}");
+    shop.write(&format!(
+        "vms = [\"web\"]\nmin-free = \"1TB\"\n{EVERY_MINUTE}"
+    ));
+    let full = shop.run(&["check"]);
+    assert_eq!(
+        full.json()["policies"][0]["obstacles"][0]["code"],
+        "no_space",
+        "{full}"
+    );
+    shop.write("vms = [\"web\"]\nevery = \"soon\"\nrpo = \"5m\"\n");
+    let mistake = shop.run(&["check"]);
+    mistake.expect_code(2);
+    assert!(mistake.stderr.contains("policies.toml:5: "), "{mistake}");
+    let made = shop.site.b.exec(&["ls", PLACE]);
+    assert!(!made.status.success(), "nothing was made there");
+}

@@ -289,7 +289,7 @@ fn try_start(spec: &HostSpec, directory: &Path) -> Option<(Child, u16)> {
     );
     let network = spec.network.iter();
     let network = network.flat_map(|place| ["ip", "netns", "exec", &place.namespace]);
-    let log = fs::File::create(directory.join("log")).expect("a host's directory is writable");
+    let output = fs::File::create(directory.join("log")).expect("a host's directory is writable");
     // setpriv: the host ends with the thread that started it, however that ends.
     let mut process = Command::new("setpriv")
         .args(["--pdeathsig", "KILL"])
@@ -304,15 +304,17 @@ fn try_start(spec: &HostSpec, directory: &Path) -> Option<(Child, u16)> {
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         )
         .stdin(Stdio::null())
-        .stdout(log.try_clone().expect("a handle can be cloned"))
-        .stderr(log)
+        .stdout(output.try_clone().expect("a handle can be cloned"))
+        .stderr(output)
         .spawn()
         .expect("setpriv is installed");
     let answered = wait_for("an answer of sshd", PATIENCE, || {
         if process.try_wait().ok().flatten().is_some() {
             return Some(false);
         }
-        greets(spec, port).then_some(true)
+        // Another host may have taken the port meanwhile, and greets as well.
+        let listens = log(directory).contains("Server listening on");
+        (listens && greets(spec, port)).then_some(true)
     });
     answered.then_some((process, port))
 }

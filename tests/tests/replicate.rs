@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_clone_tests::controller::{Run, Running};
-use kvm_clone_tests::hypervisor::{Site, SiteSpec, Vm, alone, records, set_mark};
+use kvm_clone_tests::hypervisor::{Firmware, Site, SiteSpec, Vm, alone, mark, records, set_mark};
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::wait_for;
 use nix::sys::signal::Signal;
@@ -128,9 +128,7 @@ fn a_vm_that_writes_gets_points_of_one_instant_each_of_which_starts_it_by_its_ru
     let steps = runbook.lines().filter_map(|line| line.strip_prefix("  "));
     let steps: Vec<&str> = steps.collect();
     b.run(&["sh", "-c", &steps.join(" && ")]);
-    wait_for("a guest that writes", PATIENCE, || {
-        b.console("busy").contains("GUEST wrote").then_some(())
-    });
+    b.wait_for_writing("busy");
     b.virsh(&["destroy", "busy"]);
     // It went on in a copy: the point is what it was.
     let live = |file: &str| b.image(&format!("kvm-clone/shop/busy/live/{file}"));
@@ -259,4 +257,134 @@ fn a_place_that_will_not_do_is_refused_and_nothing_is_made_of_a_mistake() {
     assert!(mistake.stderr.contains("policies.toml:5: "), "{mistake}");
     let made = shop.site.b.exec(&["ls", PLACE]);
     assert!(!made.status.success(), "nothing was made there");
+}
+
+/// The replica of a VM that has been started is told of by `status`.
+fn expect_state(shop: &Replication, state: &str) {
+    let status = shop.run(&["status"]).expect_json();
+    assert_eq!(status["vms"][0]["state"], state, "{status}");
+}
+
+#[test]
+fn a_planned_failover_loses_nothing_and_from_then_on_nothing_is_overwritten() {
+    let _alone = alone();
+    let networks = "networks = { br0 = \"nowhere\" }";
+    let policy = format!("vms = [\"busy\"]\n{networks}\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+        return;
+    };
+    let (a, b) = (&shop.site.a, &shop.site.b);
+    shop.site
+        .define(a, &Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]));
+    a.start_writing("busy");
+    a.virsh(&["autostart", "busy"]);
+    shop.run_vm();
+
+    // As long as the source runs there is no second one.
+    let runs = shop.run(&["failover", "shop"]);
+    runs.expect_failure(5, &["refused"], "busy on hvA is running");
+    // There is no such network: for that nothing is shut down.
+    let planned = ["failover", "shop", "--planned", "--shutdown-timeout", "3s"];
+    let unconnected = shop.run(&planned);
+    unconnected.expect_failure(8, &["missing_requirement"], "no network or bridge nowhere");
+    // Its guest does not listen to the power button, and goes on.
+    let mapped = [&planned[..], &["--network-map", "br0=br0"]].concat();
+    let patient = shop.run(&mapped);
+    patient.expect_failure(6, &["timeout"], "runs after 3s");
+    assert_eq!(a.virsh(&["domstate", "busy"]).trim(), "running");
+    // The last run finds no room: the source is started again.
+    let forced = [&mapped[..], &["--force-stop"]].concat();
+    shop.write(&format!("{policy}min-free = \"1TB\"\n"));
+    let full = shop.run(&forced);
+    full.expect_failure(8, &["no_space"], "was started again on hvA");
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    a.wait_for_writing("busy");
+
+    shop.write(&policy);
+    let run = shop.run(&forced);
+    let result = run.expect_json()["vms"][0].clone();
+    assert!(
+        result["warnings"].to_string().contains("no longer starts"),
+        "{run}"
+    );
+    assert_eq!(a.virsh(&["domstate", "busy"]).trim(), "shut off");
+    let info = a.virsh(&["dominfo", "busy"]);
+    assert!(
+        info.lines()
+            .any(|line| line.starts_with("Autostart:") && line.ends_with("disable"))
+    );
+    b.wait_for_writing("busy");
+    expect_state(&shop, "live");
+
+    // What a schedule runs leaves it alone; who asks for it is told why; two that run are an alarm.
+    let due = shop.run(&["run", "--due"]).expect_json();
+    assert_eq!(due["runs"].as_array().map(Vec::len), Some(0), "{due}");
+    let live = shop.run(&["run", "shop"]);
+    live.expect_failure(5, &["refused"], "would be overwritten");
+    a.virsh(&["start", "busy"]);
+    let brain = shop.run(&["run", "--due"]);
+    brain.expect_failure(5, &["refused"], "split brain");
+    a.virsh(&["destroy", "busy"]);
+    let twice = shop.run(&["failover", "shop"]);
+    twice.expect_failure(5, &["refused"], "live since");
+
+    // Nothing was lost: all that the source had is there, and the guest went on from it.
+    let running = shop.run(&["undo", "shop"]);
+    running.expect_code(5);
+    assert!(running.stderr.contains("is running"), "{running}");
+    b.virsh(&["destroy", "busy"]);
+    let count = |file: PathBuf| records(&file, "raw").unwrap();
+    let live = count(b.image("kvm-clone/shop/busy/live/vdb.raw"));
+    let newest = shop.points("busy").pop().unwrap();
+    let last = shop.records(&newest);
+    assert!(live > last, "{live} after {last}");
+    shop.run(&["undo", "shop"]).expect_code(0);
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    assert!(!b.image("kvm-clone/shop/busy/live").exists());
+    shop.run(&["run", "shop"]).expect_code(0);
+    expect_state(&shop, "kept");
+    a.assert_tidy();
+    b.assert_tidy();
+}
+
+#[test]
+fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source_is_said_to_be_dead()
+ {
+    let policy = format!("vms = [\"*\"]\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+        return;
+    };
+    let (a, b) = (&shop.site.a, &shop.site.b);
+    let uefi = Vm::new("web").firmware(Firmware::Uefi);
+    shop.site
+        .define(a, &uefi.disks(&[("vda", "raw"), ("vdb", "qcow2")]));
+    a.boots("web");
+    for mark in ["one", "two"] {
+        set_mark(&a.image("web-vda.raw"), mark);
+        shop.run(&["run", "shop"]).expect_code(0);
+    }
+    let points = shop.points("web");
+    let first = points[0].rsplit('/').next().unwrap();
+    a.run(&["ip", "link", "set", "eth0", "down"]);
+    std::fs::remove_file(&shop.policies).unwrap();
+    let from = format!("hvB:{PLACE}");
+    let failover = |options: &[&str]| {
+        let words = [&["failover", "--from", &from], options].concat();
+        shop.run(&words)
+    };
+    let unknown = failover(&[]);
+    unknown.expect_failure(5, &["refused"], "whether web runs on hvA is not known");
+    let nobody = failover(&["--vm", "mail"]);
+    nobody.expect_code(4);
+    let run = failover(&["--source-is-dead", "--point", first]);
+    assert_eq!(run.expect_json()["vms"][0]["point"], first, "{run}");
+    let said = wait_for("its boot", PATIENCE * 2, || {
+        let said = b.console("web");
+        said.contains("GUEST ready").then_some(said)
+    });
+    assert!(said.contains(&mark("vda", "one")), "{said}");
+    b.virsh(&["destroy", "web"]);
+    shop.run(&["undo", "--from", &format!("{from}/web")])
+        .expect_code(0);
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
 }

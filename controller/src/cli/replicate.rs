@@ -1,5 +1,6 @@
 //! `replicate`: policies, their runs, and what came of them.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 
@@ -8,12 +9,18 @@ use jiff::SignedDuration;
 use serde::Serialize;
 
 use super::App;
+use super::options::TimeLimit;
+use crate::endpoint::DiskSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::output;
 use crate::replicate::check::{Checked, check};
+use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT, Stop};
 use crate::replicate::policy::{self, Policy, TEMPLATE};
 use crate::replicate::run::{VmRun, Which, run as run_policy};
-use crate::replicate::status::{State, VmStatus, status};
+use crate::replicate::status::{VmStatus, status};
+use crate::transfer::Context;
+use crate::vm::failover::{FailoverResult, Role};
+use crate::vm::network::NetworkConfig;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -27,6 +34,10 @@ pub(super) enum Command {
     Points(Named),
     /// Say how old the newest points are, against what was promised
     Status(Status),
+    /// Start VMs from their points, where those are; nothing is replicated over them from then on
+    Failover(Box<Failover>),
+    /// Take back failovers whose VMs are off: they are undefined there, and what they wrote is lost
+    Undo(Undo),
 }
 
 /// The file of policies.
@@ -73,6 +84,53 @@ pub(super) struct Status {
     exit_code: bool,
 }
 
+/// Which replicas are meant.
+#[derive(Debug, Args)]
+struct Chosen {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY", required_unless_present = "from")]
+    policy: Option<String>,
+    /// Only this VM; may be repeated
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// The replicas in this directory, or the one that it is, whatever has become of source and
+    /// policy
+    #[arg(long, value_name = "HOST:DIR", conflicts_with = "policy")]
+    from: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Failover {
+    #[command(flatten)]
+    chosen: Chosen,
+    /// The newest points that are not newer than this one [default: the newest]
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
+    /// Shut the VMs down at their source first, and make last points: nothing is lost
+    #[arg(long, conflicts_with_all = ["from", "point", "source_is_dead"])]
+    planned: bool,
+    /// How long a guest has to shut down [default: 5m]
+    #[arg(long, value_name = "DURATION", requires = "planned")]
+    shutdown_timeout: Option<TimeLimit>,
+    /// Switch a guest off that has not shut down by then
+    #[arg(long, requires = "planned")]
+    force_stop: bool,
+    /// The VMs do not run at their source, and will not: I have made sure of that
+    #[arg(long)]
+    source_is_dead: bool,
+    /// Connect interfaces of network or bridge OLD to NEW; may be repeated
+    #[arg(long, value_name = "OLD=NEW")]
+    network_map: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Undo {
+    #[command(flatten)]
+    chosen: Chosen,
+}
+
 /// What scripts get.
 #[derive(Debug, Serialize)]
 struct Report<T> {
@@ -97,6 +155,16 @@ struct Policies {
 }
 
 #[derive(Debug, Serialize)]
+struct Started {
+    vms: Vec<FailoverResult>,
+}
+
+#[derive(Debug, Serialize)]
+struct Undone {
+    undone: Vec<Role>,
+}
+
+#[derive(Debug, Serialize)]
 struct Vms {
     vms: Vec<VmStatus>,
 }
@@ -108,6 +176,8 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Run(args) => run_policies(app, args).await,
         Command::Points(named) => points(app, &named).await,
         Command::Status(args) => show_status(app, &args).await,
+        Command::Failover(args) => fail_over(app, *args).await,
+        Command::Undo(args) => undo(app, &args.chosen).await,
     }
 }
 
@@ -131,6 +201,28 @@ impl File {
         }
         let wanted = |policy: &Policy| names.is_empty() || names.contains(&policy.name);
         Ok(all.into_iter().filter(wanted).collect())
+    }
+}
+
+impl Chosen {
+    /// Looks for them, and gives the policy that they are of.
+    async fn find(&self, app: &App, context: &Context) -> Result<(Replicas, Option<Policy>)> {
+        if let Some(from) = &self.from {
+            let from = DiskSpec::parse(from)?;
+            let directory = from.path().and_then(|path| path.to_str()).ok_or_else(|| {
+                Error::usage(format!(
+                    "--from {from}: expected HOST:DIR with an absolute path"
+                ))
+            })?;
+            let host = from.host.clone();
+            let replicas = Replicas::in_directory(context, host, directory, &self.vms).await?;
+            return Ok((replicas, None));
+        }
+        let names: Vec<String> = self.policy.iter().cloned().collect();
+        let policy = self.file.load(app, &names)?.into_iter().next();
+        let policy = policy.ok_or_else(|| Error::usage("a policy, or --from, is needed"))?;
+        let replicas = Replicas::of_policy(context, &policy, &self.vms).await?;
+        Ok((replicas, Some(policy)))
     }
 }
 
@@ -200,32 +292,39 @@ async fn run_policies(app: &App, args: Run) -> Result<()> {
             app.warn(&format!("{}: {warning}", run.result.vm));
         }
     }
-    let failed = first_failure(&runs);
+    let errors = runs.iter().filter_map(|run| {
+        let error = run.result.error.as_ref()?;
+        Some((format!("{}: {}", run.policy, run.result.vm), error))
+    });
+    let failed = in_common(errors, runs.len());
     report(app, "replicate-run", Runs { runs }, failed, |what| {
         run_table(&what.runs)
     })
 }
 
-/// One error for all VMs that failed.
-fn first_failure(runs: &[VmRun]) -> Option<Error> {
-    let errors = runs.iter().filter_map(|run| {
-        let error = run.result.error.as_ref()?;
-        Some(
-            error
-                .like()
-                .context(format!("{}: {}", run.policy, run.result.vm)),
-        )
-    });
-    let mut errors: Vec<Error> = errors.collect();
-    match errors.len() {
-        0 => None,
-        1 if runs.len() == 1 => errors.pop(),
-        failed => {
-            let each: Vec<String> = errors.iter().map(Error::one_line).collect();
-            let message = format!("{failed} of {} VMs failed", runs.len());
-            Some(Error::new(ErrorCode::Partial, message).caused_by(each.join("\n  ")))
-        }
+/// One error for all VMs of so many that failed.
+fn in_common<'a>(failed: impl Iterator<Item = (String, &'a Error)>, vms: usize) -> Option<Error> {
+    let failed: Vec<(String, &Error)> = failed.collect();
+    let (_, first) = failed.first()?;
+    if vms == 1 {
+        return Some(first.like());
     }
+    let each = failed.iter();
+    let each: Vec<String> = each
+        .map(|(vm, error)| format!("{vm}: {}", error.one_line()))
+        .collect();
+    let hint = first.hint_text().map(str::to_owned);
+    let message = format!("{} of {vms} VMs failed", failed.len());
+    let error = Error::new(ErrorCode::Partial, message).caused_by(each.join("\n  "));
+    Some(match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    })
+}
+
+/// A duration for people.
+fn span(seconds: i64) -> String {
+    format!("{:#}", SignedDuration::from_secs(seconds))
 }
 
 async fn look(app: &App, named: &Named) -> Result<(Vec<VmStatus>, Vec<String>)> {
@@ -249,13 +348,75 @@ async fn points(app: &App, named: &Named) -> Result<()> {
 
 async fn show_status(app: &App, args: &Status) -> Result<()> {
     let (vms, _) = look(app, &args.named).await?;
-    let not_kept = vms.iter().filter(|vm| vm.state != State::Kept).count();
+    let not_kept = vms.iter().filter(|vm| !vm.state.is_well()).count();
     let failed = (args.exit_code && not_kept > 0).then(|| {
         let message = format!("of {not_kept} of {} VMs the promise is not kept", vms.len());
         Error::new(ErrorCode::Partial, message)
     });
     report(app, "replicate-status", Vms { vms }, failed, |what| {
         status_table(&what.vms)
+    })
+}
+
+async fn fail_over(app: &App, args: Failover) -> Result<()> {
+    let mut network = NetworkConfig::default();
+    for rule in &args.network_map {
+        network.add(rule)?;
+    }
+    let limit = args.shutdown_timeout.map(|TimeLimit(limit)| limit);
+    let how = How {
+        point: args.point,
+        source_is_dead: args.source_is_dead,
+        network,
+        planned: args.planned.then_some(Stop {
+            timeout: limit.unwrap_or(SHUTDOWN_TIMEOUT),
+            force: args.force_stop,
+        }),
+    };
+    let context = app.transfer_context();
+    let (replicas, policy) = args.chosen.find(app, &context).await?;
+    let vms = replicas
+        .start(&context, app.connect(), policy.as_ref(), &how)
+        .await;
+    for vm in &vms {
+        for warning in &vm.warnings {
+            app.warn(&format!("{}: {warning}", vm.vm));
+        }
+    }
+    let errors = vms
+        .iter()
+        .filter_map(|vm| Some((vm.vm.clone(), vm.error.as_ref()?)));
+    let failed = in_common(errors, vms.len());
+    report(app, "replicate-failover", Started { vms }, failed, |what| {
+        let mut table = output::table(&["VM", "point", "age", "time", "result"]);
+        for vm in &what.vms {
+            table.add_row([
+                output::printable(&vm.vm),
+                vm.point.clone().unwrap_or_default(),
+                vm.age_seconds.map(span).unwrap_or_default(),
+                format!("{:.1} s", vm.duration_seconds),
+                vm.error
+                    .as_ref()
+                    .map_or("running", |error| error.code().name())
+                    .to_owned(),
+            ]);
+        }
+        output::table_text(&table)
+    })
+}
+
+async fn undo(app: &App, chosen: &Chosen) -> Result<()> {
+    let context = app.transfer_context();
+    let (replicas, _) = chosen.find(app, &context).await?;
+    let undone = replicas.undo(&context, app.connect()).await?;
+    report(app, "replicate-undo", Undone { undone }, None, |what| {
+        let lines = what.undone.iter();
+        let lines = lines.map(|role| format!("{} follows {} again\n", role.vm, role.source));
+        let text: String = lines.collect();
+        match text.is_empty() {
+            true => "nothing is live\n".to_owned(),
+            false => text,
+        }
     })
 }
 
@@ -337,7 +498,6 @@ fn status_table(vms: &[VmStatus]) -> String {
         "points",
         "state",
     ]);
-    let span = |seconds: i64| format!("{:#}", SignedDuration::from_secs(seconds));
     for vm in vms {
         let newest = vm.points.last().map(|point| point.name.clone());
         table.add_row([

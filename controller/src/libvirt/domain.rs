@@ -72,6 +72,23 @@ impl Hypervisor {
         })
     }
 
+    /// Takes a domain that is off out of libvirt, with what that keeps of its snapshots; its disks,
+    /// UEFI variables and TPM state stay.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::virsh`].
+    pub async fn undefine(&self, uuid: &str) -> Result<()> {
+        let keep = [
+            "undefine",
+            uuid,
+            "--keep-nvram",
+            "--keep-tpm",
+            "--managed-save",
+        ];
+        let metadata = ["--snapshots-metadata", "--checkpoints-metadata"];
+        self.virsh(&[&keep[..], &metadata].concat()).await.map(drop)
+    }
+
     /// What the domain is doing now.
     ///
     /// # Errors

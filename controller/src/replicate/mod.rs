@@ -5,9 +5,11 @@
 //! ```text
 //!  policies (policy) ─ which are due (schedule) ─ VMs side by side (run)
 //!                                                  └ a new point each ─ points that go (keep)
+//!  a policy, or a directory of replicas ─ VMs started from their points (failover)
 //! ```
 
 pub mod check;
+pub mod failover;
 pub mod keep;
 pub mod policy;
 pub mod run;

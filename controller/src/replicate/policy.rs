@@ -17,7 +17,8 @@ use super::schedule::Schedule;
 use crate::cli::options::{Rate, Space};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
-use crate::vm::{LiveChoice, Quiesce, replica};
+use crate::vm::replica::{self, ReplicaRequest};
+use crate::vm::{LiveChoice, Quiesce};
 
 /// Where replicas lie on a destination that is not told otherwise.
 const DIRECTORY: &str = "/var/lib/libvirt/images/kvm-clone";
@@ -86,6 +87,8 @@ pub struct Policy {
     pub bandwidth_limit: Option<u64>,
     /// Bytes that stay free on the destination's file system.
     pub min_free: u64,
+    /// What networks and bridges of the source are on the destination.
+    pub networks: BTreeMap<String, String>,
 }
 
 /// A part of some days of the week; one that begins later than it ends goes over midnight, and
@@ -129,6 +132,8 @@ struct Written {
     quiesce: Option<Spanned<String>>,
     bandwidth_limit: Option<Spanned<String>>,
     min_free: Option<Spanned<String>>,
+    #[serde(default)]
+    networks: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -253,36 +258,7 @@ impl Reader<'_> {
 
     fn policy(&mut self, name: &Spanned<String>, written: &Written) -> Option<Policy> {
         let so_far = self.mistakes.len();
-        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-        let text = name.get_ref();
-        if text.is_empty() || text.len() > NAME_LEN || !text.chars().all(is_plain) {
-            let what = format!("{text:?} cannot be the name of a policy");
-            self.mistake(name, what, "take letters, digits, - and _, 64 at most");
-        }
-        if written.source.get_ref() == written.destination.get_ref() {
-            self.mistake(
-                &written.destination,
-                format!("source and destination of {text} are the same host"),
-                "a replica survives its source only on another host",
-            );
-        }
-        let directory = written.directory.as_ref();
-        if let Some(directory) = directory.filter(|directory| !directory.get_ref().starts_with('/'))
-        {
-            let what = format!("directory = {:?} is no absolute path", directory.get_ref());
-            self.mistake(
-                directory,
-                what,
-                format!("begin it with /, as {DIRECTORY} does"),
-            );
-        }
-        if written.vms.get_ref().is_empty() {
-            self.mistake(
-                &written.vms,
-                format!("{text} is about no VM"),
-                "vms = [\"*\"] is about all",
-            );
-        }
+        self.check_names(name, written);
         let zone = self.zone(written.timezone.as_ref());
         let schedule = self.schedule(name, written, &zone);
         let rpo = self.duration("rpo", &written.rpo);
@@ -334,10 +310,12 @@ impl Reader<'_> {
         let owned =
             |all: &[Spanned<String>]| all.iter().map(|text| text.get_ref().clone()).collect();
         Some(Policy {
-            name: text.clone(),
+            name: name.get_ref().clone(),
             source: source?,
             destination: destination?,
-            directory: directory
+            directory: written
+                .directory
+                .as_ref()
                 .map_or_else(|| DIRECTORY.to_owned(), |text| text.get_ref().clone()),
             vms: owned(written.vms.get_ref()),
             exclude: owned(&written.exclude),
@@ -350,8 +328,43 @@ impl Reader<'_> {
             live,
             quiesce: quiesce.unwrap_or_default(),
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
+            networks: written.networks.clone(),
             min_free: min_free.map_or(MIN_FREE, |Space(bytes)| bytes),
         })
+    }
+
+    /// What a policy is called, where it is and what it is about.
+    fn check_names(&mut self, name: &Spanned<String>, written: &Written) {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        let text = name.get_ref();
+        if text.is_empty() || text.len() > NAME_LEN || !text.chars().all(is_plain) {
+            let what = format!("{text:?} cannot be the name of a policy");
+            self.mistake(name, what, "take letters, digits, - and _, 64 at most");
+        }
+        if written.source.get_ref() == written.destination.get_ref() {
+            self.mistake(
+                &written.destination,
+                format!("source and destination of {text} are the same host"),
+                "a replica survives its source only on another host",
+            );
+        }
+        let directory = written.directory.as_ref();
+        if let Some(directory) = directory.filter(|directory| !directory.get_ref().starts_with('/'))
+        {
+            let what = format!("directory = {:?} is no absolute path", directory.get_ref());
+            self.mistake(
+                directory,
+                what,
+                format!("begin it with /, as {DIRECTORY} does"),
+            );
+        }
+        if written.vms.get_ref().is_empty() {
+            self.mistake(
+                &written.vms,
+                format!("{text} is about no VM"),
+                "vms = [\"*\"] is about all",
+            );
+        }
     }
 
     fn zone(&mut self, written: Option<&Spanned<String>>) -> TimeZone {
@@ -519,6 +532,21 @@ impl Policy {
     /// The directory of the replica of a VM.
     pub fn directory_of(&self, vm: &str) -> String {
         replica::directory_of(&self.place(), vm)
+    }
+
+    /// What a run does with a VM.
+    pub fn request(&self, vm: &str) -> ReplicaRequest {
+        ReplicaRequest {
+            source: self.source.clone(),
+            destination: self.destination.clone(),
+            vm: vm.to_owned(),
+            directory: self.directory_of(vm),
+            live: self.live,
+            quiesce: self.quiesce,
+            min_free: self.min_free,
+            bandwidth_limit: self.bandwidth_limit,
+            networks: self.networks.clone(),
+        }
     }
 
     /// Whether it does not run by itself at an instant.

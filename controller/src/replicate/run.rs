@@ -16,8 +16,9 @@ use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 use crate::vm::VmResult;
+use crate::vm::failover::{self, Standing};
 use crate::vm::point::Point;
-use crate::vm::replica::{self, ReplicaRequest};
+use crate::vm::replica;
 
 /// What a run did with one VM.
 #[derive(Debug, Serialize)]
@@ -122,25 +123,15 @@ async fn vm_run(
     let destination = context.host(&policy.destination);
     let directory = policy.directory_of(vm);
     if which == Which::Due {
-        let now = Timestamp::now();
-        let newest = match replica::points(&destination, &directory).await {
-            Ok(listed) => newest(listed.instants(), now),
+        let source = Hypervisor::new(context.host(&policy.source), connect);
+        let on = Hypervisor::new(destination.clone(), connect);
+        match is_due(&source, &on, &directory, policy).await {
+            Ok(true) => {}
+            Ok(false) => return None,
             Err(error) => return Some(failed(policy, vm, error)),
-        };
-        if policy.is_quiet(now) || policy.schedule.due(newest, now).is_none() {
-            return None;
         }
     }
-    let request = ReplicaRequest {
-        source: policy.source.clone(),
-        destination: policy.destination.clone(),
-        vm: vm.to_owned(),
-        directory: directory.clone(),
-        live: policy.live,
-        quiesce: policy.quiesce,
-        min_free: policy.min_free,
-        bandwidth_limit: policy.bandwidth_limit,
-    };
+    let request = policy.request(vm);
     let recording = Recording::begin(&Begun {
         operation: "replicate",
         vm: Some(vm),
@@ -165,6 +156,25 @@ async fn vm_run(
         run.result.warnings.push(error.one_line());
     }
     Some(run)
+}
+
+/// Whether a point is due. Of a replica that is live none is, but that its source runs as well is to
+/// be told at once.
+async fn is_due(
+    source: &Hypervisor,
+    on: &Hypervisor,
+    directory: &str,
+    policy: &Policy,
+) -> Result<bool> {
+    match failover::standing(on, directory, source).await? {
+        Standing::Live => return Ok(false),
+        Standing::SplitBrain => return Ok(true),
+        Standing::Follows => {}
+    }
+    let now = Timestamp::now();
+    let listed = replica::points(on.host(), directory).await?;
+    let newest = newest(listed.instants(), now);
+    Ok(!policy.is_quiet(now) && policy.schedule.due(newest, now).is_some())
 }
 
 /// Removes the points that need not stay, and gives back their names.

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 use crate::vm::point::Point;
-use crate::vm::replica;
+use crate::vm::{failover, replica};
 
 /// Whether a promise is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -24,9 +24,16 @@ pub enum State {
     None,
     /// The source does not have the VM any more.
     Gone,
+    /// The VM runs from the replica.
+    Live,
 }
 
 impl State {
+    /// Whether nobody has to do anything.
+    pub fn is_well(self) -> bool {
+        matches!(self, Self::Kept | Self::Live)
+    }
+
     /// As it is written.
     pub fn name(self) -> &'static str {
         match self {
@@ -34,6 +41,7 @@ impl State {
             Self::Late => "late",
             Self::None => "none",
             Self::Gone => "gone",
+            Self::Live => "live",
         }
     }
 }
@@ -84,17 +92,22 @@ pub async fn status(
             }
         }
     };
+    let on = Hypervisor::new(destination.clone(), connect);
     let mut all = Vec::new();
     let vms = found.vms.iter().map(|vm| (vm, false));
     for (vm, is_gone) in vms.chain(found.gone.iter().map(|vm| (vm, true))) {
         let listed = replica::points(&destination, &policy.directory_of(vm)).await?;
         let now = Timestamp::now();
+        let role = failover::role(&on, &policy.directory_of(vm)).await?;
         let age = newest(listed.instants(), now).map(|instant| now.duration_since(instant));
         warnings.extend(listed.strange);
         all.push(VmStatus {
             policy: policy.name.clone(),
             vm: vm.to_owned(),
-            state: state(age, policy.rpo, is_gone),
+            state: match role {
+                Some(_) => State::Live,
+                None => state(age, policy.rpo, is_gone),
+            },
             age_seconds: age.map(|age| age.as_secs()),
             rpo_seconds: policy.rpo.as_secs(),
             points: listed.points,

@@ -10,7 +10,7 @@ use super::obstacle::Obstacles;
 use super::survey::{Survey, holds_data};
 use crate::error::{ErrorCode, Result};
 use crate::libvirt::definition::{
-    Definition, Disk, DiskDevice, DiskSource, InterfaceSource, MacAddress,
+    Definition, Disk, DiskDevice, DiskSource, Edit, InterfaceSource, MacAddress,
 };
 use crate::libvirt::{DomainCapabilities, Hypervisor, Memory};
 use crate::output;
@@ -313,39 +313,85 @@ fn secrets(definition: &Definition, to: &Destination, obstacles: &mut Obstacles)
     }
 }
 
-/// Whether an interface would find on the destination what it is connected to.
-pub(super) fn connection(
-    vm: &str,
-    source: &InterfaceSource,
-    to: &Destination,
-    starts: bool,
-    obstacles: &mut Obstacles,
-    warnings: &mut Vec<String>,
-) {
-    let host = to.on.host();
-    let name = name_of(source).unwrap_or_default();
-    if !to.network.has(source) {
-        let what = match source {
-            InterfaceSource::Network(_) => "network",
-            InterfaceSource::Bridge(_) => "bridge",
-            _ => "network device",
+/// The interfaces of a VM on their way to a destination.
+pub(super) struct Connecting<'a> {
+    pub(super) vm: &'a str,
+    pub(super) to: &'a Destination,
+    /// It is to run there at once.
+    pub(super) starts: bool,
+}
+
+impl Connecting<'_> {
+    /// Connects an interface to what the user wants, or looks whether it finds there what it has
+    /// been connected to.
+    pub(super) fn connect(
+        &self,
+        interface: usize,
+        source: &InterfaceSource,
+        wanted: Option<&str>,
+        obstacles: &mut Obstacles,
+        warnings: &mut Vec<String>,
+    ) -> Option<Edit> {
+        let (vm, host) = (self.vm, self.to.on.host());
+        if let InterfaceSource::Other(kind) = source
+            && kind == "vhostuser"
+        {
+            obstacles.refused(
+                format!("{vm} is connected to a switch of its host by vhost-user"),
+                "detach that interface, and attach one of the destination afterwards",
+            );
+            return None;
+        }
+        let Some(wanted) = wanted else {
+            self.check(source, obstacles, warnings);
+            return None;
         };
-        obstacles.missing(
-            format!("{host} has no {what} {name}, which {vm} is connected to"),
-            format!("make it there, or connect the clone elsewhere: --network-map {name}=NAME"),
-        );
-    } else if matches!(source, InterfaceSource::Network(_))
-        && !to
-            .network
-            .active_networks
-            .iter()
-            .any(|active| active == name)
-    {
-        let message = format!("the network {name} on {host} is not started");
-        if starts {
-            obstacles.missing(message, format!("start it there: virsh net-start {name}"));
-        } else {
-            warnings.push(message);
+        let Some(source) = self.to.network.resolve(wanted, source) else {
+            obstacles.missing(
+                format!(
+                    "{host} has no network or bridge {wanted} for {}",
+                    name_of(source).unwrap_or("an interface")
+                ),
+                "name one of those in \"virsh net-list --all\", or a bridge",
+            );
+            return None;
+        };
+        self.check(&source, obstacles, warnings);
+        Some(Edit::InterfaceSource { interface, source })
+    }
+
+    fn check(
+        &self,
+        source: &InterfaceSource,
+        obstacles: &mut Obstacles,
+        warnings: &mut Vec<String>,
+    ) {
+        let (vm, to) = (self.vm, self.to);
+        let host = to.on.host();
+        let name = name_of(source).unwrap_or_default();
+        if !to.network.has(source) {
+            let what = match source {
+                InterfaceSource::Network(_) => "network",
+                InterfaceSource::Bridge(_) => "bridge",
+                _ => "network device",
+            };
+            obstacles.missing(
+                format!("{host} has no {what} {name}, which {vm} is connected to"),
+                format!("make it there, or connect the clone elsewhere: --network-map {name}=NAME"),
+            );
+        } else if matches!(source, InterfaceSource::Network(_))
+            && !to
+                .network
+                .active_networks
+                .iter()
+                .any(|active| active == name)
+        {
+            let message = format!("the network {name} on {host} is not started");
+            if self.starts {
+                obstacles.missing(message, format!("start it there: virsh net-start {name}"));
+            } else {
+                warnings.push(message);
+            }
         }
     }
 }

@@ -461,18 +461,7 @@ impl Making<'_> {
         if self.to.find_domain(&uuid).await?.is_none() {
             return Ok(());
         }
-        let keep = [
-            "undefine",
-            &uuid,
-            "--keep-nvram",
-            "--keep-tpm",
-            "--managed-save",
-        ];
-        let metadata = ["--snapshots-metadata", "--checkpoints-metadata"];
-        self.to
-            .virsh(&[&keep[..], &metadata].concat())
-            .await
-            .map(drop)
+        self.to.undefine(&uuid).await
     }
 
     /// What comes after the clone is a VM.

@@ -6,10 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::checks::{self, Destination};
+use super::checks::{self, Connecting, Destination};
 use super::clone::CloneRequest;
 use super::container::Container;
-use super::network::name_of;
 use super::obstacle::Obstacles;
 use super::pairs::Subject;
 use super::record::{CloneRecord, Replaced};
@@ -348,43 +347,13 @@ impl<'a> Planner<'a> {
     }
 
     fn connect(&mut self, index: usize, source: &InterfaceSource, wanted: Option<&str>) {
-        let vm = self.definition().name();
-        if let InterfaceSource::Other(kind) = source
-            && kind == "vhostuser"
-        {
-            self.obstacles.refused(
-                format!("{vm} is connected to a switch of its host by vhost-user"),
-                "detach that interface, and attach one of the destination afterwards",
-            );
-            return;
-        }
-        let mut connected = source.clone();
-        if let Some(wanted) = wanted {
-            let Some(source) = self.to.network.resolve(wanted, source) else {
-                let host = self.to.on.host();
-                self.obstacles.missing(
-                    format!(
-                        "{host} has no network or bridge {wanted} for {}",
-                        name_of(source).unwrap_or("an interface")
-                    ),
-                    "name one of those in \"virsh net-list --all\", or a bridge",
-                );
-                return;
-            };
-            connected = source.clone();
-            self.edits.push(Edit::InterfaceSource {
-                interface: index,
-                source,
-            });
-        }
-        checks::connection(
-            vm,
-            &connected,
-            self.to,
-            self.request.start,
-            self.obstacles,
-            self.warnings,
-        );
+        let connecting = Connecting {
+            vm: self.survey.name(),
+            to: self.to,
+            starts: self.request.start,
+        };
+        let edit = connecting.connect(index, source, wanted, self.obstacles, self.warnings);
+        self.edits.extend(edit);
     }
 
     /// Finds a place for every image of every disk.

@@ -10,6 +10,7 @@
 //!                              RUNBOOK.txt      how to start it with virsh
 //! ```
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
@@ -48,6 +49,10 @@ pub struct Manifest {
     pub consistency: PointConsistency,
     /// The disks.
     pub disks: Vec<PointDisk>,
+    /// UEFI variables and the state of the TPM.
+    pub small_files: Vec<String>,
+    /// What networks and bridges of the source are on this host.
+    pub networks: BTreeMap<String, String>,
 }
 
 /// What the disks of a point are to the guest.
@@ -131,6 +136,8 @@ pub(super) struct Making<'a> {
     pub(super) head: &'a str,
     /// The contents of small files, by their names in the point.
     pub(super) small: &'a [(String, Vec<u8>)],
+    /// What networks and bridges of the source are on the host of the point.
+    pub(super) networks: &'a BTreeMap<String, String>,
 }
 
 /// The points of one VM.
@@ -138,6 +145,11 @@ pub(super) struct Making<'a> {
 pub(super) struct Points<'a> {
     on: &'a Host,
     directory: &'a str,
+}
+
+/// The directory of the disks of a replica that is started.
+pub(super) fn live(directory: &str) -> String {
+    naming::join(directory, "live")
 }
 
 /// The name of a disk's file.
@@ -189,7 +201,7 @@ impl<'a> Points<'a> {
         words.extend(copies.iter().map(String::as_str));
         self.on.tool_output(&words, b"").await?;
 
-        let live = format!("{}/live", self.directory);
+        let live = live(self.directory);
         let definition = definition_at(making.survey, &live)?;
         let name = name_of(making.instant);
         let manifest = Manifest {
@@ -201,13 +213,15 @@ impl<'a> Points<'a> {
             instant: making.instant,
             consistency: making.consistency,
             disks,
+            small_files: making.small.iter().map(|(name, _)| name.clone()).collect(),
+            networks: making.networks.clone(),
         };
         let point = Point {
             path: self.path(&name),
             name,
             manifest,
         };
-        let runbook = runbook(&point, making, &definition, &live)?;
+        let runbook = runbook(&point, &definition, &live)?;
         let json = serde_json::to_vec_pretty(&point.manifest).map_err(|error| {
             Error::new(ErrorCode::Internal, "a manifest that is no JSON").caused_by(error)
         })?;
@@ -310,76 +324,81 @@ fn definition_at(survey: &Survey, directory: &str) -> Result<Definition> {
     survey.domain.definition.edited(&edits)
 }
 
+impl Point {
+    /// The commands that copy it to where a VM may change it: its disks to `live`, which must not be
+    /// there, and the small files to where libvirt has those.
+    pub(super) fn copying(&self, definition: &Definition, live: &str) -> Vec<Vec<String>> {
+        let Self { path, manifest, .. } = self;
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        let disks = manifest.disks.iter();
+        let disks: Vec<String> = disks.map(|disk| naming::join(path, &disk.file)).collect();
+        let disks: Vec<&str> = disks.iter().map(String::as_str).collect();
+        let mut all: Vec<Vec<String>> = vec![
+            words(&["mkdir", "-m", "0711", live]),
+            words(&[&["cp", "--reflink=auto", "--"], &disks[..], &[live]].concat()),
+        ];
+        let has = |prefix: &str| {
+            manifest
+                .small_files
+                .iter()
+                .any(|name| name.starts_with(prefix))
+        };
+        if has("nvram")
+            && let Some(nvram) = Hypervisor::nvram_path(definition, &manifest.vm)
+        {
+            all.push(words(&["mkdir", "-p", naming::split(&nvram).0]));
+            all.push(words(&["cp", "--", &naming::join(path, "nvram"), &nvram]));
+        }
+        if has("tpm/") {
+            let state = Hypervisor::tpm_directory(manifest.uuid);
+            all.push(words(&["mkdir", "-p", "-m", "0711", &state]));
+            all.push(words(&[
+                "cp",
+                "-r",
+                "--",
+                &naming::join(path, "tpm/."),
+                &state,
+            ]));
+        }
+        all
+    }
+}
+
 /// How to start the VM from a point, with virsh alone.
-fn runbook(
-    point: &Point,
-    making: &Making<'_>,
-    definition: &Definition,
-    live: &str,
-) -> Result<String> {
-    let Point { path, manifest, .. } = point;
+fn runbook(point: &Point, definition: &Definition, live: &str) -> Result<String> {
     let Manifest {
         vm,
-        uuid,
         source,
         instant,
+        networks,
         ..
-    } = manifest;
-    let mut steps = Vec::new();
-    let mut step = |text: String| steps.push(text);
-    let copies = manifest.disks.iter();
-    let copies: Vec<String> = copies.map(|disk| naming::join(path, &disk.file)).collect();
-    let copies: Vec<&str> = copies.iter().map(String::as_str).collect();
-    step(quoted(&["mkdir", "-m", "0711", live])?);
-    step(quoted(
-        &[&["cp", "--reflink=auto", "--"], &copies[..], &[live]].concat(),
-    )?);
-    let has = |prefix: &str| {
-        making
-            .small
-            .iter()
-            .any(|(name, _)| name.starts_with(prefix))
-    };
-    if has("nvram")
-        && let Some(nvram) = Hypervisor::nvram_path(definition, vm)
-    {
-        step(quoted(&["cp", "--", &naming::join(path, "nvram"), &nvram])?);
-    }
-    if has("tpm/") {
-        let state = Hypervisor::tpm_directory(*uuid);
-        step(quoted(&["mkdir", "-p", "-m", "0711", &state])?);
-        step(quoted(&[
-            "cp",
-            "-r",
-            "--",
-            &naming::join(path, "tpm/."),
-            &state,
-        ])?);
-    }
-    step(quoted(&[
-        "virsh",
-        "define",
-        &naming::join(path, "domain.xml"),
-    ])?);
-    step(quoted(&["virsh", "start", vm])?);
+    } = &point.manifest;
     let mut text = format!(
         "{vm} as it was on {source} at {instant}\n\n\
          To start it here without kvm-clone-ctl, as root. First be sure that it does not run on \
          {source}\nany more: two of one VM spoil each other's work. {live} must not be there yet.\n\n"
     );
-    for step in steps {
+    let define = ["virsh", "define", &naming::join(&point.path, "domain.xml")].map(str::to_owned);
+    let start = ["virsh", "start", vm].map(str::to_owned);
+    let last = [define.to_vec(), start.to_vec()];
+    for words in point.copying(definition, live).iter().chain(&last) {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
         // Writing to a string does not fail.
-        let _ = writeln!(text, "  {step}");
+        let _ = writeln!(text, "  {}", quoted(&words)?);
     }
-    let networks = definition.interfaces().iter();
-    let networks: Vec<String> = networks
-        .filter_map(|interface| network::name_of(&interface.source).map(str::to_owned))
+    let connected = definition.interfaces().iter();
+    let connected = connected.filter_map(|interface| network::name_of(&interface.source));
+    let connected: Vec<String> = connected
+        .map(|name| match networks.get(name) {
+            Some(here) => format!("{name} (here {here})"),
+            None => name.to_owned(),
+        })
         .collect();
-    if !networks.is_empty() {
+    if !connected.is_empty() {
         let _ = writeln!(
             text,
-            "\nIt is connected to: {}. What this host lacks of that, \"virsh edit\" changes.",
-            networks.join(", ")
+            "\nIt is connected to: {}. What is called otherwise here, \"virsh edit\" changes.",
+            connected.join(", ")
         );
     }
     Ok(text)

@@ -23,6 +23,7 @@ use super::lineage::{self, Left};
 use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Version, Versions};
 use super::naming;
 use super::obstacle::{Obstacle, Obstacles, to_error};
+pub(super) use super::point::live;
 use super::point::{self, Listed, Making, Point, PointConsistency, Points};
 use super::result::VmResult;
 use super::space;
@@ -59,6 +60,8 @@ pub struct ReplicaRequest {
     pub min_free: u64,
     /// Bytes a second, of all disks together; `None` for no limit.
     pub bandwidth_limit: Option<u64>,
+    /// What networks and bridges of the source are on the destination.
+    pub networks: BTreeMap<String, String>,
 }
 
 /// How many disks are transferred at once.
@@ -82,9 +85,9 @@ struct Head {
 
 /// A replica, and where it is.
 #[derive(Debug)]
-struct Replica {
-    on: Hypervisor,
-    directory: String,
+pub(super) struct Replica {
+    pub(super) on: Hypervisor,
+    pub(super) directory: String,
 }
 
 /// Both ends, found fit.
@@ -142,6 +145,15 @@ pub async fn names(on: &Host, place: &str) -> Result<Vec<String>> {
     let names = on.names_in(place).await?.unwrap_or_default();
     let files = names.iter().filter(|name| !name.starts_with('.'));
     Ok(files.filter_map(|file| state::name_of(file)).collect())
+}
+
+/// The VM of which a directory is the replica; `None` for one that holds no points.
+///
+/// # Errors
+/// When the host cannot be reached.
+pub async fn vm_of(on: &Host, directory: &str) -> Result<Option<String>> {
+    let listed = points(on, directory).await?;
+    Ok(listed.points.last().map(|point| point.manifest.vm.clone()))
 }
 
 /// The directory of a VM's replica at a place.
@@ -211,7 +223,11 @@ async fn shares_blocks(on: &Host, directory: &str) -> Result<bool> {
     Ok(copied.status.success())
 }
 
-async fn lock(on: &Host, directory: &str) -> Result<Guard> {
+/// Keeps other runs away from a replica.
+///
+/// # Errors
+/// Busy, when one is at it; when the host cannot be reached.
+pub(super) async fn lock(on: &Host, directory: &str) -> Result<Guard> {
     let path = naming::join(directory, "replica.lock");
     on.lock(&path).await?.ok_or_else(|| {
         let message = format!("another run is at {directory} on {on}");
@@ -258,6 +274,7 @@ async fn run(
             consistency: PointConsistency::of(result.consistency),
             head: &replica.head(),
             small: &small,
+            networks: &request.networks,
         })
         .await?;
     replica.end(&fit).await?;
@@ -291,6 +308,8 @@ async fn prepare(
     }
     let (host, directory) = (replica.on.host(), &replica.directory);
     let head = replica.read().await?;
+    let runs = !source.domain.state.is_off();
+    replica.check_role(runs, &mut obstacles).await?;
     let uuid = source.domain.definition.uuid();
     if let Some(head) = head.as_ref().filter(|head| head.source_uuid != uuid) {
         obstacles.refused(
@@ -327,6 +346,12 @@ async fn prepare(
         host.make_directory(inner, "0711").await?;
     }
     let lock = lock(host, directory).await?;
+    // A failover may have had it until now.
+    let mut obstacles = Obstacles::default();
+    replica.check_role(runs, &mut obstacles).await?;
+    if let Some(error) = to_error(&obstacles.into_found(), &what) {
+        return Err(error);
+    }
     let head = replica.settle().await?;
     let (pair, version) = match head {
         Some(head) if replica.is_as_left(&head).await? => (Some(head.pair), head.version),

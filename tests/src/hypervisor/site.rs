@@ -363,6 +363,11 @@ impl Hypervisor {
     pub fn start_writing(&self, vm: &str) {
         let _ = fs::remove_file(self.console_path(vm));
         self.virsh(&["start", vm]);
+        self.wait_for_writing(vm);
+    }
+
+    /// Waits until the guest of a VM that was started writes.
+    pub fn wait_for_writing(&self, vm: &str) {
         wait_for(&format!("what {vm} writes on {}", self.name), BOOT, || {
             self.console(vm).contains("GUEST wrote").then_some(())
         });

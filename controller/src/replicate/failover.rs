@@ -1,0 +1,161 @@
+//! Failover of a policy's VMs, or of what lies in a directory of replicas: one after the other, in
+//! the order of their names.
+
+use std::time::Duration;
+
+use super::policy::Policy;
+use crate::endpoint::HostSpec;
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::Host;
+use crate::libvirt::Hypervisor;
+use crate::transfer::Context;
+use crate::vm::failover::{self, FailoverRequest, FailoverResult, Planned, Role};
+use crate::vm::network::NetworkConfig;
+use crate::vm::replica;
+
+/// How long a guest has to shut down, unless the user says otherwise.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_mins(5);
+
+/// Which replicas are meant.
+#[derive(Debug)]
+pub struct Replicas {
+    /// Where they are.
+    pub destination: HostSpec,
+    /// VMs, each with the directory of its replica.
+    pub all: Vec<(String, String)>,
+}
+
+/// How they are started.
+#[derive(Debug)]
+pub struct How {
+    /// The newest points that are not newer than this one.
+    pub point: Option<String>,
+    /// The user knows that the sources do not run, and will not.
+    pub source_is_dead: bool,
+    /// How the VMs are connected, ahead of what policy and points say.
+    pub network: NetworkConfig,
+    /// Their sources are shut down, in so much time, and a last point is made.
+    pub planned: Option<Stop>,
+}
+
+/// How a source is shut down.
+#[derive(Debug, Clone, Copy)]
+pub struct Stop {
+    /// How long its guest has.
+    pub timeout: Duration,
+    /// It is switched off after that.
+    pub force: bool,
+}
+
+impl Replicas {
+    /// Those of a policy, or of these VMs of it.
+    ///
+    /// # Errors
+    /// Not found; when the destination cannot be reached.
+    pub async fn of_policy(context: &Context, policy: &Policy, vms: &[String]) -> Result<Self> {
+        let host = context.host(&policy.destination);
+        let all = at(&host, &policy.place()).await?;
+        Self::chosen(policy.destination.clone(), all, vms, &policy.place())
+    }
+
+    /// Those in a directory, which may be that of one.
+    ///
+    /// # Errors
+    /// As [`Replicas::of_policy`].
+    pub async fn in_directory(
+        context: &Context,
+        host: HostSpec,
+        directory: &str,
+        vms: &[String],
+    ) -> Result<Self> {
+        let on = context.host(&host);
+        let all = match replica::vm_of(&on, directory).await? {
+            Some(vm) => vec![(vm, directory.to_owned())],
+            None => at(&on, directory).await?,
+        };
+        Self::chosen(host, all, vms, directory)
+    }
+
+    fn chosen(
+        destination: HostSpec,
+        mut all: Vec<(String, String)>,
+        vms: &[String],
+        place: &str,
+    ) -> Result<Self> {
+        let has: Vec<String> = all.iter().map(|(vm, _)| vm.clone()).collect();
+        let missing = vms.iter().find(|vm| !has.contains(vm));
+        if has.is_empty() || missing.is_some() {
+            let what = missing.map_or("any VM", String::as_str);
+            let message = format!("there is no replica of {what} in {place} on {destination}");
+            let error = Error::new(ErrorCode::NotFound, message);
+            return Err(match has.is_empty() {
+                true => error.hint("\"kvm-clone-ctl replicate status\" shows where they are"),
+                false => error.hint(format!("there are: {}", has.join(", "))),
+            });
+        }
+        all.retain(|(vm, _)| vms.is_empty() || vms.contains(vm));
+        Ok(Self { destination, all })
+    }
+
+    /// Starts the VMs. A failure is part of each result.
+    pub async fn start(
+        &self,
+        context: &Context,
+        connect: &str,
+        policy: Option<&Policy>,
+        how: &How,
+    ) -> Vec<FailoverResult> {
+        let mut results = Vec::new();
+        for (vm, directory) in &self.all {
+            let mut network = how.network.clone();
+            for (old, new) in policy.iter().flat_map(|policy| &policy.networks) {
+                network
+                    .map
+                    .entry(old.clone())
+                    .or_insert_with(|| new.clone());
+            }
+            let request = FailoverRequest {
+                source: policy.map(|policy| policy.source.clone()),
+                destination: self.destination.clone(),
+                directory: directory.clone(),
+                point: how.point.clone(),
+                source_is_dead: how.source_is_dead,
+                network,
+            };
+            let planned = policy.zip(how.planned).map(|(policy, stop)| Planned {
+                last: policy.request(vm),
+                shutdown_timeout: stop.timeout,
+                force_stop: stop.force,
+            });
+            let planned = planned.as_ref();
+            results.push(failover::failover(context, connect, vm, &request, planned).await);
+        }
+        results
+    }
+
+    /// Ends the roles of those that are live.
+    ///
+    /// # Errors
+    /// The first that could not be ended; those before it are.
+    pub async fn undo(&self, context: &Context, connect: &str) -> Result<Vec<Role>> {
+        let on = Hypervisor::new(context.host(&self.destination), connect);
+        let mut ended = Vec::new();
+        for (_, directory) in &self.all {
+            ended.extend(failover::undo(&on, directory).await?);
+        }
+        Ok(ended)
+    }
+}
+
+/// The replicas at a place.
+async fn at(on: &Host, place: &str) -> Result<Vec<(String, String)>> {
+    let names = replica::names(on, place).await?.into_iter();
+    let mut all: Vec<_> = names
+        .map(|vm| {
+            let directory = replica::directory_of(place, &vm);
+            (vm, directory)
+        })
+        .collect();
+    all.sort();
+    Ok(all)
+}

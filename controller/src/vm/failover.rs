@@ -1,0 +1,562 @@
+//! Failover: a VM starts from a point of its replica, where that is. And the way back from it.
+//!
+//! ```text
+//!  planned only    obstacles? ─ shut the source down ─ a last point
+//!  always          lock ─ obstacles? ─ role.json ─ point copied to DIR/live ─ define ─ start
+//!                         └ the source must be known not to run
+//! ```
+//!
+//! `DIR/role.json` says that the replica is live: nothing is replicated over it until
+//! [`undo`] has removed it. Whatever fails before the VM runs is taken back, and of a planned
+//! failover the source is started again.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::checks::{self, Connecting, Destination};
+use super::network::NetworkConfig;
+use super::obstacle::{Obstacle, Obstacles, to_error};
+use super::point::{Point, Points};
+use super::replica::{self, Replica, ReplicaRequest};
+use super::{naming, result::VmResult, state};
+use crate::endpoint::HostSpec;
+use crate::error::{Error, ErrorCode, Result};
+use crate::libvirt::Hypervisor;
+use crate::libvirt::definition::Definition;
+use crate::transfer::Context;
+
+/// The version of the format of `role.json`.
+const FORMAT: u32 = 1;
+
+/// How often a VM that shuts down is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Which replica is to be started, and what is known of its source.
+#[derive(Debug, Clone)]
+pub struct FailoverRequest {
+    /// The host that has the VM; without it, the one that the point names.
+    pub source: Option<HostSpec>,
+    /// The host that has the replica.
+    pub destination: HostSpec,
+    /// The directory of the replica.
+    pub directory: String,
+    /// The newest point that is not newer than this one; without it, the newest.
+    pub point: Option<String>,
+    /// The user knows that the source does not run, and will not.
+    pub source_is_dead: bool,
+    /// How the VM is connected there; goes before what the point says of that.
+    pub network: NetworkConfig,
+}
+
+/// A failover that leaves nothing behind.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// The last run.
+    pub last: ReplicaRequest,
+    /// How long the guest has to shut down.
+    pub shutdown_timeout: Duration,
+    /// It is switched off when it has not by then.
+    pub force_stop: bool,
+}
+
+/// What became of one VM.
+#[derive(Debug, Serialize)]
+pub struct FailoverResult {
+    /// The VM.
+    pub vm: String,
+    /// Whether it runs.
+    pub success: bool,
+    /// The point that it was started from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub point: Option<String>,
+    /// The age of that, when it was started, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub age_seconds: Option<i64>,
+    /// From the start of the command to its end.
+    pub duration_seconds: f64,
+    /// What the user ought to know.
+    pub warnings: Vec<String>,
+    /// All that was in the way.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub obstacles: Vec<Obstacle>,
+    /// Why it does not run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<Error>,
+}
+
+/// What is remembered of a replica that is live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Role {
+    format: u32,
+    /// The VM's name.
+    pub vm: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// The host that had it.
+    pub source: String,
+    /// The point that it was started from.
+    pub point: String,
+    /// When.
+    pub since: Timestamp,
+    /// Files outside of the replica that were made for it.
+    made: Vec<String>,
+}
+
+/// Starts a VM from its replica. A failure is part of the result.
+pub async fn failover(
+    context: &Context,
+    connect: &str,
+    vm: &str,
+    request: &FailoverRequest,
+    planned: Option<&Planned>,
+) -> FailoverResult {
+    let started = Instant::now();
+    let mut result = FailoverResult {
+        vm: vm.to_owned(),
+        success: false,
+        point: None,
+        age_seconds: None,
+        duration_seconds: 0.0,
+        warnings: Vec::new(),
+        obstacles: Vec::new(),
+        error: None,
+    };
+    let done = match planned {
+        None => Box::pin(start(context, connect, request, &mut result)).await,
+        Some(planned) => {
+            Box::pin(start_planned(
+                context,
+                connect,
+                request,
+                planned,
+                &mut result,
+            ))
+            .await
+        }
+    };
+    result.error = done.err();
+    result.success = result.error.is_none();
+    result.duration_seconds = started.elapsed().as_secs_f64();
+    result
+}
+
+/// The role of a replica: `None` as long as it only follows.
+///
+/// # Errors
+/// When the host cannot be reached.
+pub async fn role(on: &Hypervisor, directory: &str) -> Result<Option<Role>> {
+    state::read_from(on, &note(directory)).await
+}
+
+/// What a run finds of the role of a replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It follows its source.
+    Follows,
+    /// It is live, and its source does not run.
+    Live,
+    /// It is live, and its source runs as well.
+    SplitBrain,
+}
+
+/// Looks for the role of a replica, and at its source if it is live.
+///
+/// # Errors
+/// When a host cannot be asked.
+pub async fn standing(on: &Hypervisor, directory: &str, source: &Hypervisor) -> Result<Standing> {
+    let Some(role) = role(on, directory).await? else {
+        return Ok(Standing::Follows);
+    };
+    match source.find_domain(&role.uuid.to_string()).await? {
+        Some(domain) if !domain.state.is_off() => Ok(Standing::SplitBrain),
+        _ => Ok(Standing::Live),
+    }
+}
+
+/// Ends the role of a replica whose VM is off: the VM is undefined there, and what it wrote is
+/// lost. Gives back what was undone; `None` where nothing is live.
+///
+/// # Errors
+/// Refused, when the VM is not off; when the host cannot be asked.
+pub async fn undo(on: &Hypervisor, directory: &str) -> Result<Option<Role>> {
+    if role(on, directory).await?.is_none() {
+        return Ok(None);
+    }
+    let lock = replica::lock(on.host(), directory).await?;
+    let Some(role) = role(on, directory).await? else {
+        return Ok(None);
+    };
+    let uuid = role.uuid.to_string();
+    if let Some(domain) = on.find_domain(&uuid).await?
+        && !domain.state.is_off()
+    {
+        let (vm, host, state) = (&role.vm, on.host(), domain.state);
+        let message = format!("{vm} on {host}, whose writes would be lost, is {state}");
+        return Err(Error::new(ErrorCode::Refused, message).hint("shut it down first"));
+    }
+    take_back(on, directory, &role).await?;
+    lock.end().await?;
+    Ok(Some(role))
+}
+
+fn note(directory: &str) -> String {
+    naming::join(directory, "role.json")
+}
+
+/// Shuts the source down, makes a last point, and starts the VM from that; or starts the source
+/// again.
+async fn start_planned(
+    context: &Context,
+    connect: &str,
+    request: &FailoverRequest,
+    planned: &Planned,
+    result: &mut FailoverResult,
+) -> Result<()> {
+    let source = Hypervisor::new(context.host(&planned.last.source), connect);
+    source.host().share().await?;
+    let domain = source.domain(&planned.last.vm).await?;
+    look_ahead(context, connect, request, result).await?;
+    let uuid = domain.definition.uuid().to_string();
+    let ran = !domain.state.is_off();
+    let done = async {
+        if ran {
+            shut_down(context, &source, &uuid, &planned.last.vm, planned).await?;
+        }
+        let (last, _) = replica::refresh(context, connect, &planned.last).await;
+        let VmResult {
+            warnings,
+            error,
+            obstacles,
+            ..
+        } = last;
+        result.warnings.extend(warnings);
+        if let Some(error) = error {
+            result.obstacles = obstacles;
+            return Err(error);
+        }
+        Box::pin(start(context, connect, request, result)).await
+    };
+    let Err(error) = done.await else {
+        if domain.autostart {
+            source.virsh(&["autostart", "--disable", &uuid]).await?;
+            result.warnings.push(format!(
+                "{} no longer starts with {}: \"virsh autostart\" there is for after the way back",
+                planned.last.vm,
+                source.host()
+            ));
+        }
+        return Ok(());
+    };
+    if !ran || !source.state(&uuid).await?.is_off() {
+        return Err(error);
+    }
+    source.virsh(&["start", &uuid]).await?;
+    let (vm, host) = (&planned.last.vm, source.host());
+    Err(error.with_note(format!("{vm} was started again on {host}")))
+}
+
+/// What would be in the way of the newest point will be in the way of the last: the source is not
+/// shut down for that.
+async fn look_ahead(
+    context: &Context,
+    connect: &str,
+    request: &FailoverRequest,
+    result: &mut FailoverResult,
+) -> Result<()> {
+    let on = Hypervisor::new(context.host(&request.destination), connect);
+    on.host().share().await?;
+    let Ok(point) = choose(&on, request).await else {
+        return Ok(());
+    };
+    let request = FailoverRequest {
+        source_is_dead: true,
+        ..request.clone()
+    };
+    prepare(context, connect, &on, &request, &point, result).await?;
+    result.warnings.clear();
+    Ok(())
+}
+
+/// Has a guest shut down, and waits for that.
+async fn shut_down(
+    context: &Context,
+    source: &Hypervisor,
+    uuid: &str,
+    vm: &str,
+    planned: &Planned,
+) -> Result<()> {
+    // A guest that does not listen is no other than one that takes too long.
+    let asked = source.virsh(&["shutdown", uuid]).await;
+    let deadline = Instant::now() + planned.shutdown_timeout;
+    while Instant::now() < deadline {
+        if source.state(uuid).await?.is_off() {
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = context.cancelled.cancelled() => {
+                return Err(Error::new(ErrorCode::Cancelled, "stopped by the user"));
+            }
+        }
+    }
+    if planned.force_stop {
+        source.virsh(&["destroy", uuid]).await?;
+        return Ok(());
+    }
+    let limit = humantime::format_duration(planned.shutdown_timeout);
+    let message = format!(
+        "{vm} on {} was asked to shut down, and runs after {limit}",
+        source.host()
+    );
+    let error = Error::new(ErrorCode::Timeout, message)
+        .hint("give it more time with --shutdown-timeout, or switch it off with --force-stop");
+    Err(match asked {
+        Ok(_) => error,
+        Err(why) => error.caused_by(why.one_line()),
+    })
+}
+
+/// Starts the VM from the point that is wanted.
+async fn start(
+    context: &Context,
+    connect: &str,
+    request: &FailoverRequest,
+    result: &mut FailoverResult,
+) -> Result<()> {
+    let on = Hypervisor::new(context.host(&request.destination), connect);
+    on.host().share().await?;
+    let directory = &request.directory;
+    let point = choose(&on, request).await?;
+    result.vm.clone_from(&point.manifest.vm);
+    let lock = replica::lock(on.host(), directory).await?;
+    let definition = prepare(context, connect, &on, request, &point, result).await?;
+    let role = Role {
+        format: FORMAT,
+        vm: point.manifest.vm.clone(),
+        uuid: point.manifest.uuid,
+        source: point.manifest.source.clone(),
+        point: point.name.clone(),
+        since: Timestamp::now(),
+        made: made(&point, &definition),
+    };
+    state::write_to(&on, &note(directory), &role).await?;
+    let started = Box::pin(bring_up(&on, directory, &point, &definition)).await;
+    if let Err(error) = started {
+        return Err(match take_back(&on, directory, &role).await {
+            Ok(()) => error,
+            Err(why) => error
+                .with_note(format!(
+                    "what was made could not be taken back: {}",
+                    why.one_line()
+                ))
+                .hint("\"kvm-clone-ctl replicate undo\" does that"),
+        });
+    }
+    let age = role.since.duration_since(point.manifest.instant);
+    result.age_seconds = Some(age.as_secs());
+    result.point = Some(point.name);
+    lock.end().await
+}
+
+/// The point that is wanted.
+async fn choose(on: &Hypervisor, request: &FailoverRequest) -> Result<Point> {
+    let (host, directory) = (on.host(), &request.directory);
+    let listed = Points::of(host, directory).list().await?;
+    let is_wanted = |point: &Point| {
+        request
+            .point
+            .as_ref()
+            .is_none_or(|name| point.name <= *name)
+    };
+    let mut names: Vec<String> = listed
+        .points
+        .iter()
+        .map(|point| point.name.clone())
+        .collect();
+    let chosen = listed.points.into_iter().rfind(is_wanted);
+    chosen.ok_or_else(|| {
+        names.extend(listed.strange);
+        let message = match &request.point {
+            Some(name) => format!("{directory} on {host} has no point as old as {name}"),
+            None => format!("{directory} on {host} has no point"),
+        };
+        let has = match names.is_empty() {
+            true => "\"kvm-clone-ctl replicate points\" lists those that there are".to_owned(),
+            false => format!("it has: {}", names.join(", ")),
+        };
+        Error::new(ErrorCode::NotFound, message).hint(has)
+    })
+}
+
+/// The definition as it will be; or all that is in the way as one error.
+async fn prepare(
+    context: &Context,
+    connect: &str,
+    on: &Hypervisor,
+    request: &FailoverRequest,
+    point: &Point,
+    result: &mut FailoverResult,
+) -> Result<Definition> {
+    let (host, directory) = (on.host(), &request.directory);
+    let (vm, uuid) = (&point.manifest.vm, point.manifest.uuid);
+    let mut obstacles = Obstacles::default();
+    if let Some(role) = role(on, directory).await? {
+        obstacles.refused(
+            format!("the replica of {vm} on {host} is live since {}", role.since),
+            "\"kvm-clone-ctl replicate undo\" ends that",
+        );
+    }
+    let destination = Destination::survey(on).await?;
+    if destination.named(vm).is_some() || destination.with_uuid(uuid).is_some() {
+        obstacles.refused(
+            format!("{host} has a VM {vm}, or one with its UUID, already"),
+            "undefine it there if it is of no use",
+        );
+    }
+    let path = naming::join(&point.path, "domain.xml");
+    let text = host.read_file(&path).await?.unwrap_or_default();
+    let definition = Definition::parse(String::from_utf8_lossy(&text).into_owned())?;
+    let warnings = &mut result.warnings;
+    checks::equipment(&definition, &destination, true, &mut obstacles, warnings).await?;
+    let mut network = request.network.clone();
+    for (old, new) in &point.manifest.networks {
+        network
+            .map
+            .entry(old.clone())
+            .or_insert_with(|| new.clone());
+    }
+    let connecting = Connecting {
+        vm,
+        to: &destination,
+        starts: true,
+    };
+    let mut edits = Vec::new();
+    for (index, interface) in definition.interfaces().iter().enumerate() {
+        let wanted = network.target(interface);
+        edits.extend(connecting.connect(
+            index,
+            &interface.source,
+            wanted,
+            &mut obstacles,
+            warnings,
+        ));
+    }
+    if !request.source_is_dead {
+        check_source(context, connect, request, point, &mut obstacles).await;
+    }
+    let found = obstacles.into_found();
+    if let Some(error) = to_error(&found, &format!("cannot start {vm} on {host}")) {
+        result.obstacles = found;
+        return Err(error);
+    }
+    definition.edited(&edits)
+}
+
+/// A source that is not known to be off counts as running.
+async fn check_source(
+    context: &Context,
+    connect: &str,
+    request: &FailoverRequest,
+    point: &Point,
+    obstacles: &mut Obstacles,
+) {
+    let (vm, uuid) = (&point.manifest.vm, point.manifest.uuid.to_string());
+    let named = point.manifest.source.parse().ok();
+    let state = async {
+        let spec = request.source.clone().or(named);
+        let spec = spec.ok_or_else(|| {
+            let source = &point.manifest.source;
+            Error::new(ErrorCode::NotFound, format!("\"{source}\" is no host"))
+        })?;
+        let source = Hypervisor::new(context.host(&spec), connect);
+        source.host().share().await?;
+        source.find_domain(&uuid).await
+    };
+    let source = &point.manifest.source;
+    match state.await {
+        Ok(None) => {}
+        Ok(Some(domain)) if domain.state.is_off() => {}
+        Ok(Some(domain)) => obstacles.refused(
+            format!(
+                "{vm} on {source} is {}: two of one VM spoil each other's work",
+                domain.state
+            ),
+            "--planned shuts it down, and loses nothing",
+        ),
+        Err(why) => obstacles.refused(
+            format!(
+                "whether {vm} runs on {source} is not known: {}",
+                why.one_line()
+            ),
+            "make sure that it does not, and will not, and say so with --source-is-dead",
+        ),
+    }
+}
+
+/// Files outside of the replica that a start from a point makes.
+fn made(point: &Point, definition: &Definition) -> Vec<String> {
+    let small = &point.manifest.small_files;
+    let nvram = small.iter().any(|name| name == "nvram");
+    let nvram = nvram
+        .then(|| Hypervisor::nvram_path(definition, &point.manifest.vm))
+        .flatten();
+    let tpm = small.iter().any(|name| name.starts_with("tpm/"));
+    let tpm = tpm.then(|| Hypervisor::tpm_directory(point.manifest.uuid));
+    nvram.into_iter().chain(tpm).collect()
+}
+
+/// Copies a point to where it may change, defines the VM and starts it.
+async fn bring_up(
+    on: &Hypervisor,
+    directory: &str,
+    point: &Point,
+    definition: &Definition,
+) -> Result<()> {
+    let host = on.host();
+    for words in point.copying(definition, &replica::live(directory)) {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        host.tool_output(&words, b"").await?;
+    }
+    let text = definition.text().as_bytes();
+    on.virsh_with(&["define", "/dev/stdin"], text).await?;
+    on.virsh(&["start", &point.manifest.uuid.to_string()])
+        .await?;
+    Ok(())
+}
+
+/// Removes all that a start has made.
+async fn take_back(on: &Hypervisor, directory: &str, role: &Role) -> Result<()> {
+    let uuid = role.uuid.to_string();
+    if on.find_domain(&uuid).await?.is_some() {
+        on.undefine(&uuid).await?;
+    }
+    let live = replica::live(directory);
+    let all = role.made.iter().cloned().chain([live, note(directory)]);
+    on.host().remove(&all.collect::<Vec<_>>()).await
+}
+
+impl Replica {
+    /// Adds an obstacle when the replica is live: it would be overwritten. `runs`: so does its source.
+    pub(super) async fn check_role(&self, runs: bool, obstacles: &mut Obstacles) -> Result<()> {
+        let Some(role) = role(&self.on, &self.directory).await? else {
+            return Ok(());
+        };
+        let (vm, host, since) = (&role.vm, self.on.host(), role.since);
+        let live = format!("{vm} runs on {host} from its replica since {since}");
+        if runs {
+            let source = &role.source;
+            obstacles.refused(
+                format!("split brain: {live}, and on {source} as well"),
+                "switch one of the two off; nothing is overwritten on either side",
+            );
+        } else {
+            let undo = "\"kvm-clone-ctl replicate undo\" gives up what was written there";
+            obstacles.refused(format!("{live}, and would be overwritten"), undo);
+        }
+        Ok(())
+    }
+}

@@ -37,7 +37,7 @@ pub(super) fn command<'a>(words: impl IntoIterator<Item = &'a [u8]>) -> Result<O
 /// A command for people, or for a file that they read.
 ///
 /// # Errors
-/// As [`word`].
+/// Usage, for a word with a NUL byte.
 pub fn quoted(words: &[&str]) -> Result<String> {
     let command = command(words.iter().map(|word| word.as_bytes()))?;
     Ok(command.to_string_lossy().into_owned())

@@ -1,5 +1,5 @@
 //! The replica of a VM: its disks as raw files below one directory of another host, brought up to
-//! date by each run, which then keeps them as a new [`point`](super::point). libvirt there knows
+//! date by each run, which then keeps them as a new [`point`]. libvirt there knows
 //! nothing of it.
 //!
 //! ```text

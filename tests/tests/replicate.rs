@@ -36,6 +36,15 @@ impl Replication {
         Some(replication)
     }
 
+    /// With a VM, busy, that writes on hvA.
+    fn that_writes(policy: &str) -> Option<Self> {
+        let shop = Self::start([Kind::Ext4, Kind::Xfs], policy)?;
+        let busy = Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]);
+        shop.site.define(&shop.site.a, &busy);
+        shop.site.a.start_writing("busy");
+        Some(shop)
+    }
+
     fn write(&self, policy: &str) {
         let both = "[policy.shop]\nsource = \"hvA\"\ndestination = \"hvB\"\n";
         std::fs::write(&self.policies, format!("{both}{policy}")).unwrap();
@@ -96,13 +105,10 @@ const EVERY_MINUTE: &str = "every = \"1m\"\nrpo = \"5m\"\n";
 fn a_vm_that_writes_gets_points_of_one_instant_each_of_which_starts_it_by_its_runbook() {
     let _alone = alone();
     let policy = format!("vms = [\"busy\"]\nkeep = {{ last = 2 }}\n{EVERY_MINUTE}");
-    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+    let Some(shop) = Replication::that_writes(&policy) else {
         return;
     };
     let (a, b) = (&shop.site.a, &shop.site.b);
-    shop.site
-        .define(a, &Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]));
-    a.start_writing("busy");
     let mut last = 0;
     let mut points = Vec::new();
     for (scan, removed) in [("full", 0), ("changes", 0), ("changes", 1)] {
@@ -142,13 +148,10 @@ fn a_vm_that_writes_gets_points_of_one_instant_each_of_which_starts_it_by_its_ru
 fn a_run_that_is_killed_leaves_no_point_that_is_torn_and_loses_none() {
     let _alone = alone();
     let policy = format!("vms = [\"busy\"]\nkeep = {{ last = 50 }}\n{EVERY_MINUTE}");
-    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+    let Some(shop) = Replication::that_writes(&policy) else {
         return;
     };
     let (a, b) = (&shop.site.a, &shop.site.b);
-    shop.site
-        .define(a, &Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]));
-    a.start_writing("busy");
     shop.run_vm();
     let kills = std::env::var("KVM_CLONE_REPLICATION_KILLS");
     let kills: u32 = kills.map_or(3, |count| count.parse().expect("a count"));
@@ -270,13 +273,10 @@ fn a_planned_failover_loses_nothing_and_from_then_on_nothing_is_overwritten() {
     let _alone = alone();
     let networks = "networks = { br0 = \"nowhere\" }";
     let policy = format!("vms = [\"busy\"]\n{networks}\n{EVERY_MINUTE}");
-    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+    let Some(shop) = Replication::that_writes(&policy) else {
         return;
     };
     let (a, b) = (&shop.site.a, &shop.site.b);
-    shop.site
-        .define(a, &Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]));
-    a.start_writing("busy");
     a.virsh(&["autostart", "busy"]);
     shop.run_vm();
 
@@ -299,8 +299,24 @@ fn a_planned_failover_loses_nothing_and_from_then_on_nothing_is_overwritten() {
     full.expect_failure(8, &["no_space"], "was started again on hvA");
     assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
     a.wait_for_writing("busy");
-
     shop.write(&policy);
+    // It does not start there: all that was made for it is taken back.
+    b.instead("virsh", "*start*", "echo no luck >&2; exit 1");
+    let luckless = shop.run(&forced);
+    b.as_ever("virsh");
+    luckless.expect_failure(1, &["io"], "was started again on hvA");
+    assert!(luckless.stderr.contains("no luck"), "{luckless}");
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    expect_state(&shop, "kept");
+    a.wait_for_writing("busy");
+    // Somebody was there by hand, and what they have made is not ours to remove.
+    let live = b.image("kvm-clone/shop/busy/live");
+    std::fs::create_dir(&live).unwrap();
+    let by_hand = shop.run(&forced);
+    by_hand.expect_failure(5, &["refused"], "no failover has made it");
+    assert_eq!(a.virsh(&["domstate", "busy"]).trim(), "running");
+    std::fs::remove_dir(&live).unwrap();
+
     let run = shop.run(&forced);
     let result = run.expect_json()["vms"][0].clone();
     assert!(

@@ -28,27 +28,10 @@ fn expect_found(run: &Run, kind: &str, name: &str, state: &str) {
     }
 }
 
-/// What a program of a host does in place of its work from then on, when its words are such.
-fn instead(on: &Hypervisor, program: &str, words: &str, does: &str) {
-    let script = format!(
-        "real=$(command -v {program}); cp $real /tmp/{program}.real; \
-         printf '%s\\n' '#!/bin/sh' 'case \"$*\" in {words}) {does} ;; esac' \
-         'exec /tmp/{program}.real \"$@\"' >/tmp/{program}; \
-         chmod +x /tmp/{program}; mount --bind /tmp/{program} $real"
-    );
-    on.run(&["sh", "-c", &script]);
-}
-
-/// The end of that.
-fn as_ever(on: &Hypervisor, program: &str) {
-    let script = format!("umount -l $(command -v {program})");
-    on.run(&["sh", "-c", &script]);
-}
-
 /// Has a program of the host stop, when its words are such.
 fn stop(on: &Hypervisor, program: &str, words: &str) {
     let does = "touch /tmp/stopped; exec sleep 61234";
-    instead(on, program, words, does);
+    on.instead(program, words, does);
 }
 
 fn wait_for_stop(on: &Hypervisor) {
@@ -60,7 +43,7 @@ fn wait_for_stop(on: &Hypervisor) {
 
 /// The end of that, and of the one that stopped.
 fn go_on(on: &Hypervisor, program: &str) {
-    as_ever(on, program);
+    on.as_ever(program);
     on.run(&["rm", "/tmp/stopped"]);
     let _ = on.exec(&["pkill", "-9", "-f", "[s]leep 61234"]);
 }
@@ -458,9 +441,9 @@ fn where_an_overlay_has_no_room_to_be_applied_the_raw_disks_beside_it_stay_too()
         };
         let site = &mixed.site;
         mixed.write(7);
-        instead(&site.b, "stat", "-f*", "echo 0 4096 1 ext4; exit");
+        site.b.instead("stat", "-f*", "echo 0 4096 1 ext4; exit");
         let run = mixed.sync().wait();
-        as_ever(&site.b, "stat");
+        site.b.as_ever("stat");
         run.expect_failure(8, &["no_space"], "web-vdb.qcow2");
         mixed.expect(0, "no room");
         site.b.run(&["test", "!", "-e", OVERLAY]);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::policy::Policy;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
+use crate::history::{Begun, Recording};
 use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
@@ -127,8 +128,20 @@ impl Replicas {
                 shutdown_timeout: stop.timeout,
                 force_stop: stop.force,
             });
+            let recording = Recording::begin(&Begun {
+                operation: "failover",
+                vm: Some(vm),
+                source: policy
+                    .map(|policy| policy.source.to_string())
+                    .unwrap_or_default(),
+                destination: self.destination.to_string(),
+            });
             let planned = planned.as_ref();
-            results.push(failover::failover(context, connect, vm, &request, planned).await);
+            let mut result = failover::failover(context, connect, vm, &request, planned).await;
+            if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
+                result.warnings.push(error.one_line());
+            }
+            results.push(result);
         }
         results
     }

@@ -97,7 +97,17 @@ pub async fn run(context: &Context, connect: &str, policy: &Policy, which: Which
     let mut done = running.join_all().await;
     done.sort_by_key(|(at, _)| *at);
     let mut all: Vec<VmRun> = done.into_iter().filter_map(|(_, run)| run).collect();
-    all.extend(found.gone.iter().map(|vm| {
+    let on = Hypervisor::new(destination.clone(), connect);
+    let mut gone = Vec::new();
+    for vm in found.gone {
+        // Of one that has failed over nobody needs the source any more.
+        match failover::role(&on, &policy.directory_of(&vm)).await {
+            Ok(Some(_)) => {}
+            Ok(None) => gone.push(vm),
+            Err(error) => all.push(failed(policy, &vm, error)),
+        }
+    }
+    all.extend(gone.iter().map(|vm| {
         let message = format!(
             "{vm} is gone from {}; what there is of its replica stays",
             policy.source

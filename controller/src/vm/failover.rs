@@ -190,14 +190,6 @@ pub async fn undo(on: &Hypervisor, directory: &str) -> Result<Option<Role>> {
     let Some(role) = role(on, directory).await? else {
         return Ok(None);
     };
-    let uuid = role.uuid.to_string();
-    if let Some(domain) = on.find_domain(&uuid).await?
-        && !domain.state.is_off()
-    {
-        let (vm, host, state) = (&role.vm, on.host(), domain.state);
-        let message = format!("{vm} on {host}, whose writes would be lost, is {state}");
-        return Err(Error::new(ErrorCode::Refused, message).hint("shut it down first"));
-    }
     take_back(on, directory, &role).await?;
     lock.end().await?;
     Ok(Some(role))
@@ -240,23 +232,44 @@ async fn start_planned(
         }
         Box::pin(start(context, connect, request, result)).await
     };
-    let Err(error) = done.await else {
+    let done = done.await;
+    let (vm, host) = (&planned.last.vm, source.host());
+    let Err(error) = done else {
         if domain.autostart {
-            source.virsh(&["autostart", "--disable", &uuid]).await?;
-            result.warnings.push(format!(
-                "{} no longer starts with {}: \"virsh autostart\" there is for after the way back",
-                planned.last.vm,
-                source.host()
-            ));
+            let disabled = source.virsh(&["autostart", "--disable", &uuid]).await;
+            result.warnings.push(match disabled {
+                Ok(_) => {
+                    format!("{vm} no longer starts with {host}: \"virsh autostart\" is for later")
+                }
+                Err(why) => format!("{vm} still starts with {host}: {}", why.one_line()),
+            });
         }
         return Ok(());
     };
     if !ran || !source.state(&uuid).await?.is_off() {
         return Err(error);
     }
+    // Only where it is sure that the other does not run.
+    let on = destination(context, connect, request).await?;
+    if role(&on, &request.directory).await?.is_some() {
+        let there = on.host();
+        return Err(error.with_note(format!(
+            "{vm} is off on {host}, and stays so: it may run on {there}"
+        )));
+    }
     source.virsh(&["start", &uuid]).await?;
-    let (vm, host) = (&planned.last.vm, source.host());
     Err(error.with_note(format!("{vm} was started again on {host}")))
+}
+
+/// The host of the replica.
+async fn destination(
+    context: &Context,
+    connect: &str,
+    request: &FailoverRequest,
+) -> Result<Hypervisor> {
+    let on = Hypervisor::new(context.host(&request.destination), connect);
+    on.host().share().await?;
+    Ok(on)
 }
 
 /// What would be in the way of the newest point will be in the way of the last: the source is not
@@ -267,8 +280,7 @@ async fn look_ahead(
     request: &FailoverRequest,
     result: &mut FailoverResult,
 ) -> Result<()> {
-    let on = Hypervisor::new(context.host(&request.destination), connect);
-    on.host().share().await?;
+    let on = destination(context, connect, request).await?;
     let Ok(point) = choose(&on, request).await else {
         return Ok(());
     };
@@ -309,7 +321,7 @@ async fn shut_down(
     }
     let limit = humantime::format_duration(planned.shutdown_timeout);
     let message = format!(
-        "{vm} on {} was asked to shut down, and runs after {limit}",
+        "{vm} on {} was asked to shut down, and runs after {limit}: it may yet do so",
         source.host()
     );
     let error = Error::new(ErrorCode::Timeout, message)
@@ -327,8 +339,7 @@ async fn start(
     request: &FailoverRequest,
     result: &mut FailoverResult,
 ) -> Result<()> {
-    let on = Hypervisor::new(context.host(&request.destination), connect);
-    on.host().share().await?;
+    let on = destination(context, connect, request).await?;
     let directory = &request.directory;
     let point = choose(&on, request).await?;
     result.vm.clone_from(&point.manifest.vm);
@@ -408,6 +419,13 @@ async fn prepare(
         obstacles.refused(
             format!("the replica of {vm} on {host} is live since {}", role.since),
             "\"kvm-clone-ctl replicate undo\" ends that",
+        );
+    }
+    let live = replica::live(directory);
+    if obstacles.is_empty() && host.file_facts(&live).await?.is_some() {
+        obstacles.refused(
+            format!("{live} on {host} is there, and no failover has made it"),
+            "somebody may have followed a RUNBOOK.txt: move it away if it is of no use",
         );
     }
     let destination = Destination::survey(on).await?;
@@ -528,10 +546,15 @@ async fn bring_up(
     Ok(())
 }
 
-/// Removes all that a start has made.
+/// Removes all that a start has made, unless the VM runs.
 async fn take_back(on: &Hypervisor, directory: &str, role: &Role) -> Result<()> {
     let uuid = role.uuid.to_string();
-    if on.find_domain(&uuid).await?.is_some() {
+    if let Some(domain) = on.find_domain(&uuid).await? {
+        if !domain.state.is_off() {
+            let (vm, host, state) = (&role.vm, on.host(), domain.state);
+            let message = format!("{vm} on {host}, whose writes would be lost, is {state}");
+            return Err(Error::new(ErrorCode::Refused, message).hint("shut it down first"));
+        }
         on.undefine(&uuid).await?;
     }
     let live = replica::live(directory);

@@ -63,6 +63,10 @@ impl Obstacles {
         Ok(())
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.found.is_empty()
+    }
+
     pub(super) fn into_found(self) -> Vec<Obstacle> {
         self.found
     }

@@ -272,6 +272,24 @@ impl Hypervisor {
         stdout.trim_end().to_owned()
     }
 
+    /// Has a program of the host do something else from then on, when its words are such: both as a
+    /// shell has them.
+    pub fn instead(&self, program: &str, words: &str, does: &str) {
+        let script = format!(
+            "real=$(command -v {program}); cp $real /tmp/{program}.real; \
+             printf '%s\\n' '#!/bin/sh' 'case \"$*\" in {words}) {does} ;; esac' \
+             'exec /tmp/{program}.real \"$@\"' >/tmp/{program}; \
+             chmod +x /tmp/{program}; mount --bind /tmp/{program} $real"
+        );
+        self.run(&["sh", "-c", &script]);
+    }
+
+    /// The end of that.
+    pub fn as_ever(&self, program: &str) {
+        let script = format!("umount -l $(command -v {program})");
+        self.run(&["sh", "-c", &script]);
+    }
+
     /// Runs virsh on the host.
     pub fn virsh(&self, words: &[&str]) -> String {
         self.run(&[&["virsh", "-q"], words].concat())

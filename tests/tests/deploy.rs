@@ -543,8 +543,8 @@ fn an_agent_that_runs_does_not_miss_its_file() {
     let Some(lab) = Lab::start() else { return };
     let (source, copy) = (lab.path("source"), lab.path("copy"));
     image::write(&source, &[Piece::Random(1, 64 * BLOCK)]);
-    // Four seconds, in the middle of which the agents are removed.
-    let limit = ["--bandwidth-limit", "1M"];
+    // Ten seconds, in the middle of which the agents are removed.
+    let limit = ["--bandwidth-limit", "400K"];
     let mut run = lab.start_disk("sync", Journey::Relay, &source, &copy, &limit);
     let partial = lab.path(".copy.kc-new");
     wait_for("data at the destination", Duration::from_secs(30), || {

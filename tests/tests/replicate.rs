@@ -227,6 +227,14 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     assert!(error(1).contains("web-1 is gone from hvA"), "{run}");
     assert_eq!(shop.points("web-1"), points);
     assert_eq!(shop.points("web-2").len(), 2);
+    // What is excluded is missed by nobody.
+    shop.write(&format!(
+        "vms = [\"web*\"]\nexclude = [\"web-1\", \"web-2\"]\n{EVERY_MINUTE}"
+    ));
+    let none = shop.run(&["run", "shop"]).expect_json();
+    let runs = none["runs"].as_array().unwrap();
+    let vms: Vec<&str> = runs.iter().map(|run| run["vm"].as_str().unwrap()).collect();
+    assert_eq!(vms, ["web-test"], "{none}");
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub enum Which {
 pub struct Found {
     /// VMs that it is about, in the order of their names.
     pub vms: Vec<String>,
-    /// VMs that it names, or of which there are replicas, and that its source does not have.
+    /// VMs that it is about by their names or their replicas, and that its source does not have.
     pub gone: Vec<String>,
 }
 
@@ -66,7 +66,7 @@ pub async fn find(source: &Hypervisor, destination: &Host, policy: &Policy) -> R
     vms.sort();
     let mut gone = policy.named();
     gone.extend(replica::names(destination, &policy.place()).await?);
-    gone.retain(|name| !vms.contains(name));
+    gone.retain(|name| policy.is_about(name) && !vms.contains(name));
     gone.sort();
     gone.dedup();
     Ok(Found { vms, gone })
@@ -113,10 +113,7 @@ pub async fn run(context: &Context, connect: &str, policy: &Policy, which: Which
             policy.source
         );
         let error = Error::new(ErrorCode::NotFound, message);
-        let hint = format!(
-            "exclude it from {} if that is meant, and remove its replica",
-            policy.name
-        );
+        let hint = format!("exclude it from {} if that is meant", policy.name);
         failed(policy, vm, error.hint(hint))
     }));
     all
@@ -130,6 +127,10 @@ async fn vm_run(
     vm: &str,
     which: Which,
 ) -> Option<VmRun> {
+    if context.cancelled.is_cancelled() {
+        let error = Error::new(ErrorCode::Cancelled, "stopped by the user");
+        return Some(failed(policy, vm, error));
+    }
     let destination = context.host(&policy.destination);
     let directory = policy.directory_of(vm);
     if which == Which::Due {

@@ -97,7 +97,8 @@ struct Fit {
     reading: Reading,
     versions: Versions,
     options: Options,
-    _lock: Guard,
+    /// Keeps other runs away.
+    lock: Guard,
 }
 
 /// Brings a replica up to date, and makes a point of it. A failure is part of the result.
@@ -174,7 +175,7 @@ pub async fn check_place(
 ) -> Result<Vec<Obstacle>> {
     let mut obstacles = Obstacles::default();
     for vm in gone {
-        let hint = "name one that is there, or remove its replica if it is no longer needed";
+        let hint = "exclude it from the policy if that is meant";
         obstacles.add(
             ErrorCode::NotFound,
             format!("{vm} is gone from its source"),
@@ -281,6 +282,8 @@ async fn run(
     if matches!(fit.reading, Reading::Snapshot(_)) {
         live::prune(&fit.source, &fit.versions).await?;
     }
+    // Who comes next, to remove points, must not find it busy.
+    fit.lock.end().await?;
     Ok(point)
 }
 
@@ -374,7 +377,7 @@ async fn prepare(
         reading,
         versions,
         options,
-        _lock: lock,
+        lock,
     })
 }
 

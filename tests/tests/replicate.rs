@@ -215,6 +215,17 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     let newest = points.last().unwrap();
     kvm_clone_tests::image::assert_equal(&a.image("web-1-vda.raw"), &shop.file(newest, "vda.raw"));
 
+    // What is no point of ours keeps nobody from making others, and is left alone.
+    let strange = shop.file(newest, "../19700101T000000Z");
+    std::fs::create_dir(&strange).unwrap();
+    std::fs::write(strange.join("manifest.json"), "{}").unwrap();
+    let run = shop.run(&["run", "shop"]);
+    run.expect_code(0);
+    assert!(run.stderr.contains("its point is left alone"), "{run}");
+    assert!(strange.exists());
+    std::fs::remove_dir_all(&strange).unwrap();
+    let points = shop.points("web-1");
+
     // One is gone, and the other is another VM of the same name.
     a.virsh(&["undefine", "web-1"]);
     a.virsh(&["undefine", "web-2"]);
@@ -226,7 +237,7 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     assert!(error(0).contains("another VM"), "{run}");
     assert!(error(1).contains("web-1 is gone from hvA"), "{run}");
     assert_eq!(shop.points("web-1"), points);
-    assert_eq!(shop.points("web-2").len(), 2);
+    assert_eq!(shop.points("web-2").len(), 3);
     // What is excluded is missed by nobody.
     shop.write(&format!(
         "vms = [\"web*\"]\nexclude = [\"web-1\", \"web-2\"]\n{EVERY_MINUTE}"

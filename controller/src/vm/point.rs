@@ -251,13 +251,16 @@ impl<'a> Points<'a> {
     /// # Errors
     /// When the host cannot be reached.
     pub(super) async fn list(&self) -> Result<Listed> {
-        let names = self.on.names_in(&self.path("")).await?.unwrap_or_default();
         let mut listed = Listed::default();
+        let Some(names) = self.on.names_in(&self.path("")).await? else {
+            return Ok(listed);
+        };
+        let manifests = self.manifests().await?;
         for name in names.into_iter().filter(|name| !name.starts_with('.')) {
             let path = self.path(&name);
             let file = naming::join(&path, MANIFEST);
-            let json = self.on.read_file(&file).await?.unwrap_or_default();
-            match serde_json::from_slice(&json) {
+            let json = manifests.get(&path).map(String::as_str);
+            match serde_json::from_str(json.unwrap_or_default()) {
                 Ok(manifest) => listed.points.push(Point {
                     name,
                     path,
@@ -271,6 +274,36 @@ impl<'a> Points<'a> {
         }
         listed.points.sort_by_key(|point| point.manifest.instant);
         Ok(listed)
+    }
+
+    /// The manifests by the directories that they are in, all by one command: a run looks at them
+    /// every time.
+    async fn manifests(&self) -> Result<BTreeMap<String, String>> {
+        let (at, depth) = (self.path(""), "2");
+        let find = [
+            "find",
+            &at,
+            "-mindepth",
+            depth,
+            "-maxdepth",
+            depth,
+            "-name",
+            MANIFEST,
+        ];
+        let grep = ["-exec", "grep", "-H", "", "{}", "+"];
+        let said = self
+            .on
+            .tool_output(&[&find[..], &grep].concat(), b"")
+            .await?;
+        let mut manifests: BTreeMap<String, String> = BTreeMap::new();
+        for line in said.lines() {
+            if let Some((path, text)) = line.split_once(&format!("/{MANIFEST}:")) {
+                let manifest = manifests.entry(path.to_owned()).or_default();
+                manifest.push_str(text);
+                manifest.push('\n');
+            }
+        }
+        Ok(manifests)
     }
 
     /// Removes a point: it is there, or it is not.

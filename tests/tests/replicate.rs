@@ -124,6 +124,20 @@ fn a_vm_that_writes_gets_points_of_one_instant_each_of_which_starts_it_by_its_ru
     }
     assert_eq!(points.len(), 2);
     assert!(shop.records(&points[0]) < last);
+    // What is pinned stays, until it is not.
+    let first = points[0].rsplit('/').next().unwrap().to_owned();
+    let pin = |options: &[&str]| {
+        let words = [&["pin", "shop", "busy", &first], options].concat();
+        shop.run(&words).expect_code(0);
+    };
+    pin(&[]);
+    assert!(shop.run_vm()["removed"].is_null());
+    assert_eq!(shop.points("busy").len(), 3);
+    pin(&["--off"]);
+    assert_eq!(shop.run_vm()["removed"].as_array().map(Vec::len), Some(2));
+    let points = shop.points("busy");
+    let unknown = shop.run(&["pin", "shop", "busy", &first]);
+    unknown.expect_code(4);
     // Of the VM nothing is known there, until somebody follows the runbook of a point.
     assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
     let status = shop.run(&["status", "--exit-code"]);

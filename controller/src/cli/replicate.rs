@@ -21,6 +21,8 @@ use crate::replicate::status::{VmStatus, status};
 use crate::transfer::Context;
 use crate::vm::failover::{FailoverResult, Role};
 use crate::vm::network::NetworkConfig;
+use crate::vm::point::Point;
+use crate::vm::replica;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -34,6 +36,8 @@ pub(super) enum Command {
     Points(Named),
     /// Say how old the newest points are, against what was promised
     Status(Status),
+    /// Have a point stay whatever its policy keeps
+    Pin(Pin),
     /// Start VMs from their points, where those are; nothing is replicated over them from then on
     Failover(Box<Failover>),
     /// Take back failovers whose VMs are off: they are undefined there, and what they wrote is lost
@@ -82,6 +86,24 @@ pub(super) struct Status {
     /// End with exit status 1 when a promise is not kept
     #[arg(long)]
     exit_code: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Pin {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// VM
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Point, as "points" shows it
+    #[arg(value_name = "POINT")]
+    point: String,
+    /// Let it go again
+    #[arg(long)]
+    off: bool,
 }
 
 /// Which replicas are meant.
@@ -155,6 +177,11 @@ struct Policies {
 }
 
 #[derive(Debug, Serialize)]
+struct Pinned {
+    points: Vec<Point>,
+}
+
+#[derive(Debug, Serialize)]
 struct Started {
     vms: Vec<FailoverResult>,
 }
@@ -176,6 +203,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Run(args) => run_policies(app, args).await,
         Command::Points(named) => points(app, &named).await,
         Command::Status(args) => show_status(app, &args).await,
+        Command::Pin(args) => pin(app, &args).await,
         Command::Failover(args) => fail_over(app, *args).await,
         Command::Undo(args) => undo(app, &args.chosen).await,
     }
@@ -346,6 +374,28 @@ async fn points(app: &App, named: &Named) -> Result<()> {
     })
 }
 
+async fn pin(app: &App, args: &Pin) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let mut points = Vec::new();
+    for policy in &policies {
+        let on = context.host(&policy.destination);
+        let directory = policy.directory_of(&args.vm);
+        points.push(replica::pin(&on, &directory, &args.point, !args.off).await?);
+    }
+    report(app, "replicate-pin", Pinned { points }, None, |what| {
+        let points = what.points.iter();
+        let said = points.map(|point| match point.pinned {
+            true => format!("{} of {} stays\n", point.name, point.manifest.vm),
+            false => format!(
+                "{} of {} goes when its time comes\n",
+                point.name, point.manifest.vm
+            ),
+        });
+        said.collect()
+    })
+}
+
 async fn show_status(app: &App, args: &Status) -> Result<()> {
     let (vms, _) = look(app, &args.named).await?;
     let not_kept = vms.iter().filter(|vm| !vm.state.is_well()).count();
@@ -473,7 +523,14 @@ fn run_table(runs: &[VmRun]) -> String {
 }
 
 fn point_table(vms: &[VmStatus]) -> String {
-    let mut table = output::table(&["policy", "VM", "point", "consistency", "directory"]);
+    let mut table = output::table(&[
+        "policy",
+        "VM",
+        "point",
+        "consistency",
+        "pinned",
+        "directory",
+    ]);
     for vm in vms {
         for point in &vm.points {
             table.add_row([
@@ -481,6 +538,7 @@ fn point_table(vms: &[VmStatus]) -> String {
                 output::printable(&vm.vm),
                 point.name.clone(),
                 point.manifest.consistency.name().to_owned(),
+                if point.pinned { "yes" } else { "no" }.to_owned(),
                 point.path.clone(),
             ]);
         }

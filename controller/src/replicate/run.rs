@@ -207,16 +207,13 @@ async fn prune(
         );
         Error::new(ErrorCode::Refused, message)
     })?;
-    let goes = listed
-        .points
-        .into_iter()
-        .zip(stays)
-        .filter(|(_, stays)| !stays);
+    let goes = listed.points.into_iter().zip(stays);
+    let goes = goes.filter(|(point, stays)| !stays && !point.pinned);
     let goes: Vec<Point> = goes.map(|(point, _)| point).collect();
-    if !goes.is_empty() {
-        replica::remove_points(on, directory, &goes).await?;
+    match goes.is_empty() {
+        true => Ok(Vec::new()),
+        false => replica::remove_points(on, directory, &goes).await,
     }
-    Ok(goes.into_iter().map(|point| point.name).collect())
 }
 
 fn failed(policy: &Policy, vm: &str, error: Error) -> VmRun {

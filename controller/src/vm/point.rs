@@ -8,9 +8,10 @@
 //!                              nvram, tpm/…     where the VM has them
 //!                              manifest.json    whose version, of when, how consistent
 //!                              RUNBOOK.txt      how to start it with virsh
+//!                              pinned           the user wants it to stay
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
@@ -29,6 +30,8 @@ use crate::transfer::Consistency;
 const FORMAT: u32 = 1;
 
 const MANIFEST: &str = "manifest.json";
+
+const PINNED: &str = "pinned";
 
 /// What a point is of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +109,8 @@ pub struct Point {
     pub name: String,
     /// Its directory.
     pub path: String,
+    /// The user wants it to stay.
+    pub pinned: bool,
     /// What it is of.
     #[serde(flatten)]
     pub manifest: Manifest,
@@ -219,6 +224,7 @@ impl<'a> Points<'a> {
         let point = Point {
             path: self.path(&name),
             name,
+            pinned: false,
             manifest,
         };
         let runbook = runbook(&point, &definition, &live)?;
@@ -255,13 +261,14 @@ impl<'a> Points<'a> {
         let Some(names) = self.on.names_in(&self.path("")).await? else {
             return Ok(listed);
         };
-        let manifests = self.manifests().await?;
+        let (manifests, pinned) = tokio::try_join!(self.manifests(), self.pinned())?;
         for name in names.into_iter().filter(|name| !name.starts_with('.')) {
             let path = self.path(&name);
             let file = naming::join(&path, MANIFEST);
             let json = manifests.get(&path).map(String::as_str);
             match serde_json::from_str(json.unwrap_or_default()) {
                 Ok(manifest) => listed.points.push(Point {
+                    pinned: pinned.contains(&path),
                     name,
                     path,
                     manifest,
@@ -304,6 +311,41 @@ impl<'a> Points<'a> {
             }
         }
         Ok(manifests)
+    }
+
+    /// The directories of points that are to stay.
+    ///
+    /// # Errors
+    /// When the host cannot be reached.
+    pub(super) async fn pinned(&self) -> Result<BTreeSet<String>> {
+        let (at, depth) = (self.path(""), "2");
+        let find = [
+            "find",
+            &at,
+            "-mindepth",
+            depth,
+            "-maxdepth",
+            depth,
+            "-name",
+            PINNED,
+        ];
+        let said = self.on.tool_output(&find, b"").await?;
+        let paths = said.lines().map(|path| naming::split(path).0.to_owned());
+        Ok(paths.collect())
+    }
+
+    /// Has a point stay, or lets it go again.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or that cannot be written.
+    pub(super) async fn pin(&self, point: &Point, stays: bool) -> Result<()> {
+        let path = naming::join(&point.path, PINNED);
+        match stays {
+            true => self.on.make_file(&path).await?,
+            false => self.on.remove(std::slice::from_ref(&path)).await?,
+        }
+        let words = ["sync", "--", &point.path];
+        self.on.tool_output(&words, b"").await.map(drop)
     }
 
     /// Removes a point: it is there, or it is not.

@@ -126,16 +126,48 @@ pub async fn points(on: &Host, directory: &str) -> Result<Listed> {
     Points::of(on, directory).list().await
 }
 
-/// Removes points of a replica, unless a run is at it.
+/// Removes points of a replica, unless a run is at it, but for those that are pinned by now. Gives
+/// back the names of those that went.
 ///
 /// # Errors
 /// Busy; when the host cannot be reached, or one cannot be removed.
-pub async fn remove_points(on: &Host, directory: &str, points: &[Point]) -> Result<()> {
+pub async fn remove_points(on: &Host, directory: &str, points: &[Point]) -> Result<Vec<String>> {
     let lock = lock(on, directory).await?;
-    for point in points {
-        Points::of(on, directory).remove(point).await?;
+    let all = Points::of(on, directory);
+    let pinned = all.pinned().await?;
+    let mut removed = Vec::new();
+    for point in points.iter().filter(|point| !pinned.contains(&point.path)) {
+        all.remove(point).await?;
+        removed.push(point.name.clone());
     }
-    lock.end().await
+    lock.end().await?;
+    Ok(removed)
+}
+
+/// Has a point stay whatever is removed, or lets it go again.
+///
+/// # Errors
+/// Not found, for no point of that name; busy, when a run is at the replica; when the host cannot be
+/// reached.
+pub async fn pin(on: &Host, directory: &str, name: &str, stays: bool) -> Result<Point> {
+    let all = Points::of(on, directory);
+    let points = all.list().await?.points;
+    let names: Vec<&str> = points.iter().map(|point| point.name.as_str()).collect();
+    let Some(point) = points.iter().find(|point| point.name == name) else {
+        let message = format!("{directory} on {on} has no point {name}");
+        let error = Error::new(ErrorCode::NotFound, message);
+        return Err(match names.is_empty() {
+            true => error,
+            false => error.hint(format!("it has: {}", names.join(", "))),
+        });
+    };
+    let lock = lock(on, directory).await?;
+    all.pin(point, stays).await?;
+    lock.end().await?;
+    Ok(Point {
+        pinned: stays,
+        ..point.clone()
+    })
 }
 
 /// The VMs that have replicas at a place.

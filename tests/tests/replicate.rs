@@ -168,7 +168,7 @@ fn a_run_that_is_killed_leaves_no_point_that_is_torn_and_loses_none() {
     let (a, b) = (&shop.site.a, &shop.site.b);
     shop.run_vm();
     let kills = std::env::var("KVM_CLONE_REPLICATION_KILLS");
-    let kills: u32 = kills.map_or(3, |count| count.parse().expect("a count"));
+    let kills: u32 = kills.map_or(2, |count| count.parse().expect("a count"));
     let began = std::time::Instant::now();
     shop.run_vm();
     let took = began.elapsed();

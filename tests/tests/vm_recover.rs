@@ -412,6 +412,12 @@ fn raw_disks_and_overlays_beside_them_come_to_count_together_wherever_a_run_is_k
                 site.b.agents().is_empty().then_some(())
             });
             if !by.is_empty() {
+                if program == "mv" {
+                    // Its disks are of two versions, so it is not read.
+                    let clone = ["clone", "hvB", "hvA", "web", "--new-name", "w2"];
+                    let run = site.controller.run(clone);
+                    run.expect_failure(5, &["refused"], "a sync onto web on hvB broke off");
+                }
                 let run = site.controller.run(by);
                 for found in found(run.expect_code(0)) {
                     let is_open = found["kind"] != "disk" && found["state"] != "finished";
@@ -435,39 +441,18 @@ const OVERLAY: &str = "/var/lib/libvirt/images/.web-vdb.qcow2.kc-overlay";
 
 #[test]
 fn where_an_overlay_has_no_room_to_be_applied_the_raw_disks_beside_it_stay_too() {
-    for spec in both_kinds_of_file_systems() {
-        let Some(mixed) = Mixed::start(&spec) else {
-            return;
-        };
-        let site = &mixed.site;
-        mixed.write(7);
-        site.b.instead("stat", "-f*", "echo 0 4096 1 ext4; exit");
-        let run = mixed.sync().wait();
-        site.b.as_ever("stat");
-        run.expect_failure(8, &["no_space"], "web-vdb.qcow2");
-        mixed.expect(0, "no room");
-        site.b.run(&["test", "!", "-e", OVERLAY]);
-        mixed.sync().wait().expect_code(0);
-        mixed.expect(7, "room");
-        site.b.assert_tidy();
-    }
-}
-
-#[test]
-fn a_vm_whose_disks_may_be_of_two_versions_is_not_read() {
-    let Some(mixed) = Mixed::start(&SiteSpec::default()) else {
+    let Some(mixed) = Mixed::start(&SiteSpec::without_reflinks()) else {
         return;
     };
     let site = &mixed.site;
-    mixed.write(1);
-    stop(&site.b, "mv", "*.kc-applying");
-    let running = mixed.sync();
-    wait_for_stop(&site.b);
-    killed(running);
-    go_on(&site.b, "mv");
-    let clone = ["clone", "hvB", "hvA", "web", "--new-name", "w2"];
-    let run = site.controller.run(clone);
-    run.expect_failure(5, &["refused"], "a sync onto web on hvB broke off");
-    site.controller.run(["recover", "hvB"]).expect_code(0);
-    site.controller.run(clone).expect_code(0);
+    mixed.write(7);
+    site.b.instead("stat", "-f*", "echo 0 4096 1 ext4; exit");
+    let run = mixed.sync().wait();
+    site.b.as_ever("stat");
+    run.expect_failure(8, &["no_space"], "web-vdb.qcow2");
+    mixed.expect(0, "no room");
+    site.b.run(&["test", "!", "-e", OVERLAY]);
+    mixed.sync().wait().expect_code(0);
+    mixed.expect(7, "room");
+    site.b.assert_tidy();
 }

@@ -392,7 +392,7 @@ const BREAK_OFF: &str = r#"
     o=${0%/*}/.${0##*/}.kc-overlay;
     qemu-img create -q -f qcow2 -F qcow2 -b "$0" "$o" && qemu-io -f qcow2 -c "write -P 0x77 1M 64k" "$o" &&
     left=$(stat -c '{"size_bytes": %s, "modified": "%.9Y", "inode": %i}' "$0") &&
-    sed -i -e 's|"unfinished": false|"unfinished": true, "overlaid": {"'"$0"'": '"$left"'}|' /var/lib/kvm-clone/lineage/*.json
+    sed -i -e 's|"unfinished": false|"unfinished": true, "overlays": {"images": {"'"$0"'": '"$left"'}, "beside": {}}|' /var/lib/kvm-clone/lineage/*.json
 "#;
 
 #[test]

@@ -328,19 +328,24 @@ fn combined(mut errors: Vec<(Host, Error)>, hosts: usize) -> Result<()> {
     } else {
         ErrorCode::Partial
     };
-    let message = format!("{} of {hosts} hosts failed", errors.len());
-    let each = errors
-        .iter()
-        .map(|(host, error)| format!("{host}: {}", error.one_line()))
-        .collect::<Vec<_>>();
-    let hint = errors
-        .iter()
-        .find_map(|(_, error)| error.hint_text().map(str::to_owned));
+    let failed = errors.iter().map(|(host, error)| (host.to_string(), error));
+    let failed: Vec<(String, &Error)> = failed.collect();
+    Err(together(code, &failed, hosts, "hosts"))
+}
+
+/// The error for those that failed, by their names, of so many: with what each said, and the first
+/// hint.
+fn together(code: ErrorCode, failed: &[(String, &Error)], of: usize, what: &str) -> Error {
+    let each = failed.iter();
+    let each: Vec<String> = each
+        .map(|(name, error)| format!("{name}: {}", error.one_line()))
+        .collect();
+    let message = format!("{} of {of} {what} failed", failed.len());
     let error = Error::new(code, message).caused_by(each.join("\n  "));
-    Err(match hint {
+    match failed.iter().find_map(|(_, error)| error.hint_text()) {
         Some(hint) => error.hint(hint),
         None => error,
-    })
+    }
 }
 
 fn completions(shell: clap_complete::Shell) -> Result<()> {

@@ -8,8 +8,8 @@ use clap::{Args, Subcommand};
 use jiff::SignedDuration;
 use serde::Serialize;
 
-use super::App;
 use super::options::TimeLimit;
+use super::{App, together};
 use crate::endpoint::DiskSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::output;
@@ -158,8 +158,6 @@ pub(super) struct Undo {
 struct Report<T> {
     operation: &'static str,
     success: bool,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<Error>,
     #[serde(flatten)]
@@ -337,17 +335,7 @@ fn in_common<'a>(failed: impl Iterator<Item = (String, &'a Error)>, vms: usize) 
     if vms == 1 {
         return Some(first.like());
     }
-    let each = failed.iter();
-    let each: Vec<String> = each
-        .map(|(vm, error)| format!("{vm}: {}", error.one_line()))
-        .collect();
-    let hint = first.hint_text().map(str::to_owned);
-    let message = format!("{} of {vms} VMs failed", failed.len());
-    let error = Error::new(ErrorCode::Partial, message).caused_by(each.join("\n  "));
-    Some(match hint {
-        Some(hint) => error.hint(hint),
-        None => error,
-    })
+    Some(together(ErrorCode::Partial, &failed, vms, "VMs"))
 }
 
 /// A duration for people.
@@ -355,7 +343,7 @@ fn span(seconds: i64) -> String {
     format!("{:#}", SignedDuration::from_secs(seconds))
 }
 
-async fn look(app: &App, named: &Named) -> Result<(Vec<VmStatus>, Vec<String>)> {
+async fn look(app: &App, named: &Named) -> Result<Vec<VmStatus>> {
     let context = app.transfer_context();
     let (mut vms, mut warnings) = (Vec::new(), Vec::new());
     for policy in named.file.load(app, &named.names)? {
@@ -364,11 +352,11 @@ async fn look(app: &App, named: &Named) -> Result<(Vec<VmStatus>, Vec<String>)> 
     for warning in &warnings {
         app.warn(warning);
     }
-    Ok((vms, warnings))
+    Ok(vms)
 }
 
 async fn points(app: &App, named: &Named) -> Result<()> {
-    let (vms, _) = look(app, named).await?;
+    let vms = look(app, named).await?;
     report(app, "replicate-points", Vms { vms }, None, |what| {
         point_table(&what.vms)
     })
@@ -397,7 +385,7 @@ async fn pin(app: &App, args: &Pin) -> Result<()> {
 }
 
 async fn show_status(app: &App, args: &Status) -> Result<()> {
-    let (vms, _) = look(app, &args.named).await?;
+    let vms = look(app, &args.named).await?;
     let not_kept = vms.iter().filter(|vm| !vm.state.is_well()).count();
     let failed = (args.exit_code && not_kept > 0).then(|| {
         let message = format!("of {not_kept} of {} VMs the promise is not kept", vms.len());
@@ -481,7 +469,6 @@ fn report<T: Serialize>(
     let mut report = Report {
         operation,
         success: error.is_none(),
-        warnings: Vec::new(),
         error,
         what,
     };

@@ -352,7 +352,7 @@ async fn start(
         source: point.manifest.source.clone(),
         point: point.name.clone(),
         since: Timestamp::now(),
-        made: made(&point, &definition),
+        made: point.made(&definition),
     };
     state::write_to(&on, &note(directory), &role).await?;
     let started = Box::pin(bring_up(&on, directory, &point, &definition)).await;
@@ -513,18 +513,6 @@ async fn check_source(
             "make sure that it does not, and will not, and say so with --source-is-dead",
         ),
     }
-}
-
-/// Files outside of the replica that a start from a point makes.
-fn made(point: &Point, definition: &Definition) -> Vec<String> {
-    let small = &point.manifest.small_files;
-    let nvram = small.iter().any(|name| name == "nvram");
-    let nvram = nvram
-        .then(|| Hypervisor::nvram_path(definition, &point.manifest.vm))
-        .flatten();
-    let tpm = small.iter().any(|name| name.starts_with("tpm/"));
-    let tpm = tpm.then(|| Hypervisor::tpm_directory(point.manifest.uuid));
-    nvram.into_iter().chain(tpm).collect()
 }
 
 /// Copies a point to where it may change, defines the VM and starts it.

@@ -240,8 +240,10 @@ impl<'a> Points<'a> {
         let small = small.map(|(name, contents)| (name.as_str(), contents.as_slice()));
         for (name, contents) in small.chain(texts) {
             let path = naming::join(&unfinished, name);
-            let (directory, _) = naming::split(&path);
-            self.on.make_directory(directory, "0700").await?;
+            if name.contains('/') {
+                let (directory, _) = naming::split(&path);
+                self.on.make_directory(directory, "0700").await?;
+            }
             self.on.write_file(&path, contents).await?;
         }
         let words = ["mv", "-T", "--", &unfinished, &point.path];
@@ -286,21 +288,11 @@ impl<'a> Points<'a> {
     /// The manifests by the directories that they are in, all by one command: a run looks at them
     /// every time.
     async fn manifests(&self) -> Result<BTreeMap<String, String>> {
-        let (at, depth) = (self.path(""), "2");
-        let find = [
-            "find",
-            &at,
-            "-mindepth",
-            depth,
-            "-maxdepth",
-            depth,
-            "-name",
-            MANIFEST,
-        ];
+        let at = self.path("");
         let grep = ["-exec", "grep", "-H", "", "{}", "+"];
         let said = self
             .on
-            .tool_output(&[&find[..], &grep].concat(), b"")
+            .tool_output(&[&finding(&at, MANIFEST)[..], &grep].concat(), b"")
             .await?;
         let mut manifests: BTreeMap<String, String> = BTreeMap::new();
         for line in said.lines() {
@@ -318,18 +310,8 @@ impl<'a> Points<'a> {
     /// # Errors
     /// When the host cannot be reached.
     pub(super) async fn pinned(&self) -> Result<BTreeSet<String>> {
-        let (at, depth) = (self.path(""), "2");
-        let find = [
-            "find",
-            &at,
-            "-mindepth",
-            depth,
-            "-maxdepth",
-            depth,
-            "-name",
-            PINNED,
-        ];
-        let said = self.on.tool_output(&find, b"").await?;
+        let at = self.path("");
+        let said = self.on.tool_output(&finding(&at, PINNED), b"").await?;
         let paths = said.lines().map(|path| naming::split(path).0.to_owned());
         Ok(paths.collect())
     }
@@ -369,6 +351,21 @@ impl<'a> Points<'a> {
         let hidden: Vec<String> = hidden.map(|name| self.path(name)).collect();
         self.on.remove(&hidden).await
     }
+}
+
+/// What finds the files of a name, one in each point of a directory.
+fn finding<'w>(points: &'w str, name: &'w str) -> [&'w str; 8] {
+    let depth = "2";
+    [
+        "find",
+        points,
+        "-mindepth",
+        depth,
+        "-maxdepth",
+        depth,
+        "-name",
+        name,
+    ]
 }
 
 /// The name of the point of an instant: no colon, which QEMU would take for a protocol.
@@ -412,20 +409,11 @@ impl Point {
             words(&["mkdir", "-m", "0711", live]),
             words(&[&["cp", "--reflink=auto", "--"], &disks[..], &[live]].concat()),
         ];
-        let has = |prefix: &str| {
-            manifest
-                .small_files
-                .iter()
-                .any(|name| name.starts_with(prefix))
-        };
-        if has("nvram")
-            && let Some(nvram) = Hypervisor::nvram_path(definition, &manifest.vm)
-        {
+        if let Some(nvram) = self.nvram(definition) {
             all.push(words(&["mkdir", "-p", naming::split(&nvram).0]));
             all.push(words(&["cp", "--", &naming::join(path, "nvram"), &nvram]));
         }
-        if has("tpm/") {
-            let state = Hypervisor::tpm_directory(manifest.uuid);
+        if let Some(state) = self.tpm() {
             all.push(words(&["mkdir", "-p", "-m", "0711", &state]));
             all.push(words(&[
                 "cp",
@@ -436,6 +424,28 @@ impl Point {
             ]));
         }
         all
+    }
+
+    /// What that makes outside of `live`.
+    pub(super) fn made(&self, definition: &Definition) -> Vec<String> {
+        self.nvram(definition)
+            .into_iter()
+            .chain(self.tpm())
+            .collect()
+    }
+
+    /// Where libvirt has the UEFI variables, if there are any.
+    fn nvram(&self, definition: &Definition) -> Option<String> {
+        let mut small = self.manifest.small_files.iter();
+        small.find(|name| *name == "nvram")?;
+        Hypervisor::nvram_path(definition, &self.manifest.vm)
+    }
+
+    /// Where libvirt has the state of the TPM, if there is any.
+    fn tpm(&self) -> Option<String> {
+        let mut small = self.manifest.small_files.iter();
+        small.find(|name| name.starts_with("tpm/"))?;
+        Some(Hypervisor::tpm_directory(self.manifest.uuid))
     }
 }
 

@@ -133,15 +133,18 @@ fn a_nice_agent_is_behind_others_with_all_its_threads() {
     let Some(lab) = Lab::start() else { return };
     let options = ["--nice", "--read-limit", "4M", "--verify", "reread"];
     let running = begun(&lab, 16 * MIB, &options);
-    let agents: Vec<PathBuf> = [lab.a.agents(), lab.b.agents()].concat();
-    // One that brings the data connection lies between, and is no more than a pipe.
-    let serves = |agent: &&PathBuf| arguments(agent).get(1).is_some_and(|word| word == b"serve");
-    let serving: Vec<_> = agents.iter().filter(serves).collect();
-    assert_eq!(serving.len(), 2, "{agents:?}");
+    // One that brings the data connection lies between, and is no more than a pipe. What an agent
+    // starts has the agent's words until it has become another program.
+    let serves = |agent: &PathBuf| arguments(agent).get(1).is_some_and(|word| word == b"serve");
+    let serving = wait_for("an agent on each host", Duration::from_secs(2), || {
+        let mut agents: Vec<PathBuf> = [lab.a.agents(), lab.b.agents()].concat();
+        agents.retain(serves);
+        (agents.len() == 2).then_some(agents)
+    });
     for agent in serving {
         assert!(fs::read_dir(agent.join("task")).unwrap().count() > 2);
         wait_for("threads that step back", Duration::from_secs(2), || {
-            impolite(agent).is_empty().then_some(())
+            impolite(&agent).is_empty().then_some(())
         });
         let group = fs::read_to_string(agent.join("autogroup"));
         assert!(group.is_ok_and(|group| group.trim_end().ends_with("nice 19")));

@@ -1,45 +1,19 @@
-//! The history: every operation with its figures, in SQLite under the user's state directory.
+//! The history: every operation with its figures, in the [`store`](crate::store).
 //!
 //! A row is written when an operation begins and filled in when it ends, so that one which was
 //! killed is seen as unfinished. Several of this program may write at once.
 
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
 use jiff::Timestamp;
-use rusqlite::{Connection, Row, params};
-use rusqlite_migration::{M, Migrations};
+use rusqlite::{Row, params};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::Result;
+use crate::store::Store;
 
-/// How long a writer waits for another one.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// The tables, one step a version. A step that was published stays as it is.
-const STEPS: [M<'static>; 1] = [M::up(
-    "CREATE TABLE run (
-        id INTEGER PRIMARY KEY,
-        began_at TEXT NOT NULL,
-        operation TEXT NOT NULL,
-        vm TEXT,
-        source TEXT NOT NULL,
-        destination TEXT NOT NULL,
-        success INTEGER,
-        result TEXT
-    ) STRICT;
-    CREATE INDEX run_by_vm ON run (vm);",
-)];
-
-/// The file with the history.
+/// The operations of a store.
 #[derive(Debug)]
-pub struct History {
-    connection: Connection,
-    path: PathBuf,
-}
+pub struct History(Store);
 
 /// A row that has begun.
 #[derive(Debug, Clone, Copy)]
@@ -120,47 +94,9 @@ impl History {
     /// The history of this user.
     ///
     /// # Errors
-    /// Usage without a home directory; io when the file cannot be had.
+    /// As [`Store::open`].
     pub fn open() -> Result<Self> {
-        let base = std::env::var_os("XDG_STATE_HOME")
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-            .or_else(|| std::env::home_dir().map(|home| home.join(".local/state")));
-        let base = base
-            .ok_or_else(|| Error::usage("there is no home directory").hint("set XDG_STATE_HOME"))?;
-        Self::at(&base.join("kvm-clone-ctl/history.db"))
-    }
-
-    fn at(path: &Path) -> Result<Self> {
-        if let Some(directory) = path.parent() {
-            // Paths and names of hosts are nobody else's business.
-            let made = DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(directory);
-            made.map_err(|error| {
-                Error::io(
-                    format!("cannot make the directory {}", directory.display()),
-                    error,
-                )
-            })?;
-        }
-        let failed = |error| broken(path, error);
-        let mut connection = Connection::open(path).map_err(failed)?;
-        connection.busy_timeout(PATIENCE).map_err(failed)?;
-        let migrated = Migrations::from_slice(&STEPS).to_latest(&mut connection);
-        migrated.map_err(|error| {
-            Error::new(
-                ErrorCode::Io,
-                format!("cannot use the history {}", path.display()),
-            )
-            .caused_by(error)
-            .hint("a newer version of this program may have made it; use that one, or move it away")
-        })?;
-        Ok(Self {
-            connection,
-            path: path.to_owned(),
-        })
+        Store::open().map(Self)
     }
 
     /// An operation begins.
@@ -177,10 +113,7 @@ impl History {
             begun.source,
             begun.destination
         ];
-        self.connection
-            .execute(sql, values)
-            .map_err(|error| broken(&self.path, error))?;
-        Ok(RunId(self.connection.last_insert_rowid()))
+        self.0.insert(sql, values).map(RunId)
     }
 
     /// An operation has ended, with this object as its result.
@@ -191,10 +124,7 @@ impl History {
         let sql = "UPDATE run SET success = ?, result = ?, vm = coalesce(?, vm) WHERE id = ?";
         let success = result["success"].as_bool().unwrap_or(false);
         let values = params![success, result.to_string(), result["vm"].as_str(), run.0];
-        self.connection
-            .execute(sql, values)
-            .map_err(|error| broken(&self.path, error))?;
-        Ok(())
+        self.0.change(sql, values).map(drop)
     }
 
     /// The newest operations, the newest first.
@@ -205,10 +135,8 @@ impl History {
         let sql = "SELECT began_at, operation, vm, source, destination, success, result FROM run
                    WHERE (?1 IS NULL OR vm = ?1) AND (NOT ?2 OR success IS NOT 1)
                    ORDER BY id DESC LIMIT ?3";
-        let failed = |error| broken(&self.path, error);
-        let mut statement = self.connection.prepare(sql).map_err(failed)?;
-        let rows = statement.query_map(params![filter.vm, filter.failed, filter.limit], record);
-        rows.and_then(Iterator::collect).map_err(failed)
+        let values = params![filter.vm, filter.failed, filter.limit];
+        self.0.rows(sql, values, record)
     }
 }
 
@@ -223,15 +151,6 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         success: row.get(5)?,
         result: result.and_then(|text| serde_json::from_str(&text).ok()),
     })
-}
-
-fn broken(path: &Path, error: rusqlite::Error) -> Error {
-    Error::new(
-        ErrorCode::Io,
-        format!("the history {} fails", path.display()),
-    )
-    .caused_by(error)
-    .hint("if it is damaged, move it away; a new one is made")
 }
 
 #[cfg(test)]
@@ -251,8 +170,8 @@ mod tests {
     fn what_ended_well_badly_and_never_is_told_apart() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a/history.db");
-        let history = History::at(&path).unwrap();
-        let other = History::at(&path).unwrap();
+        let history = History(Store::at(&path).unwrap());
+        let other = History(Store::at(&path).unwrap());
         let well = history.begin(&begun("clone", Some("web"))).unwrap();
         let badly = other.begin(&begun("sync", Some("db"))).unwrap();
         history.begin(&begun("disk-sync", None)).unwrap();
@@ -309,15 +228,5 @@ mod tests {
             .len(),
             1
         );
-    }
-
-    #[test]
-    fn a_history_of_a_newer_version_is_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("history.db");
-        let connection = Connection::open(&path).unwrap();
-        connection.pragma_update(None, "user_version", 99).unwrap();
-        let error = History::at(&path).unwrap_err();
-        assert!(error.hint_text().unwrap().contains("newer"), "{error:?}");
     }
 }

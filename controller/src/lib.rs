@@ -14,5 +14,6 @@ mod logging;
 pub mod output;
 pub mod progress;
 pub mod replicate;
+pub mod store;
 pub mod transfer;
 pub mod vm;

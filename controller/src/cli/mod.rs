@@ -145,6 +145,12 @@ impl App {
         Context::new(Arc::clone(&self.ssh), self.cancelled.clone(), progress)
     }
 
+    /// The same for work that goes on for ever: nobody watches its progress.
+    pub(crate) fn quiet_context(&self) -> Context {
+        let style = progress::Style::None;
+        Context::new(Arc::clone(&self.ssh), self.cancelled.clone(), style)
+    }
+
     /// How results are printed.
     pub(crate) fn format(&self) -> OutputFormat {
         self.globals.output

@@ -8,16 +8,18 @@ use clap::{Args, Subcommand};
 use jiff::SignedDuration;
 use serde::Serialize;
 
-use super::options::TimeLimit;
+use super::options::{OutputFormat, TimeLimit};
 use super::{App, together};
 use crate::endpoint::DiskSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::output;
 use crate::replicate::check::{Checked, check};
+use crate::replicate::daemon::{self, Said, Surroundings};
 use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT, Stop};
 use crate::replicate::policy::{self, Policy, TEMPLATE};
 use crate::replicate::run::{VmRun, Which, run as run_policy};
 use crate::replicate::status::{VmStatus, status};
+use crate::replicate::systemd::{self, Wanted};
 use crate::transfer::Context;
 use crate::vm::failover::{FailoverResult, Role};
 use crate::vm::network::NetworkConfig;
@@ -32,6 +34,10 @@ pub(super) enum Command {
     Check(Named),
     /// Make new points of VMs, and remove those that need not stay
     Run(Run),
+    /// Make new points as they come due, until it is stopped; SIGHUP has it read the policies again
+    Daemon(Daemon),
+    /// Write units for systemd: the daemon, or a timer for "run --due"
+    Systemd(Systemd),
     /// List the points that there are
     Points(Named),
     /// Say how old the newest points are, against what was promised
@@ -77,6 +83,30 @@ pub(super) struct Run {
     /// some are named
     #[arg(long, group = "which")]
     due: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Daemon {
+    #[command(flatten)]
+    file: File,
+    /// Keep figures for Prometheus in this file, for the textfile collector of its node exporter
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Systemd {
+    #[command(flatten)]
+    file: File,
+    /// A timer that starts "run --due" each minute, in place of the daemon
+    #[arg(long)]
+    timer: bool,
+    /// The user whose ssh keys reach the hosts
+    #[arg(long, value_name = "NAME", default_value = "root")]
+    user: String,
+    /// Write the units into this directory, such as /etc/systemd/system [default: print them]
+    #[arg(long, value_name = "DIR")]
+    directory: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -199,6 +229,8 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Init(file) => init(&file.path(app)),
         Command::Check(named) => check_policies(app, &named).await,
         Command::Run(args) => run_policies(app, args).await,
+        Command::Daemon(args) => daemon(app, &args).await,
+        Command::Systemd(args) => systemd(app, &args),
         Command::Points(named) => points(app, &named).await,
         Command::Status(args) => show_status(app, &args).await,
         Command::Pin(args) => pin(app, &args).await,
@@ -216,7 +248,7 @@ impl File {
     /// Those of these names; all, without any.
     fn load(&self, app: &App, names: &[String]) -> Result<Vec<Policy>> {
         let path = self.path(app);
-        let all = policy::load(&path)?;
+        let all = policy::load(&path)?.all;
         for name in names {
             if !all.iter().any(|policy| policy.name == *name) {
                 let has: Vec<&str> = all.iter().map(|policy| policy.name.as_str()).collect();
@@ -326,6 +358,96 @@ async fn run_policies(app: &App, args: Run) -> Result<()> {
     report(app, "replicate-run", Runs { runs }, failed, |what| {
         run_table(&what.runs)
     })
+}
+
+async fn daemon(app: &App, args: &Daemon) -> Result<()> {
+    let context = || app.quiet_context();
+    let say = |said: &Said<'_>| say(app, said);
+    daemon::run(&Surroundings {
+        connect: app.connect(),
+        policies: &args.file.path(app),
+        metrics: args.metrics.as_deref(),
+        context: &context,
+        cancelled: app.cancelled.clone(),
+        say: &say,
+    })
+    .await
+}
+
+/// One line for each thing that the daemon says, on standard output what it did.
+fn say(app: &App, said: &Said<'_>) {
+    let printed = match said {
+        Said::Ran(run) => match app.format() {
+            OutputFormat::Text => output::to_stdout(format!("{}\n", run_line(run))),
+            OutputFormat::Json | OutputFormat::Yaml => {
+                let json = serde_json::to_string(run).unwrap_or_default();
+                output::to_stdout(format!("{json}\n"))
+            }
+        },
+        Said::Alarm(notice) => {
+            let (event, kind) = (notice.event.name(), notice.kind.name());
+            let (policy, vm) = (&notice.policy, &notice.vm);
+            let text = format!("alarm {event}: {kind}: {policy} {vm}: {}", notice.message);
+            output::to_stderr(&format!("{}\n", output::printable(text.trim())));
+            Ok(())
+        }
+        Said::Warning(warning) => {
+            app.warn(warning);
+            Ok(())
+        }
+    };
+    if let Err(error) = printed {
+        tracing::warn!(
+            error = error.one_line(),
+            "nobody reads what the daemon says"
+        );
+    }
+}
+
+fn run_line(run: &VmRun) -> String {
+    let result = &run.result;
+    let shipped = result.totals.bytes_wire.map(output::iec);
+    let seconds = result.duration_seconds;
+    let ended = match (&result.error, &run.point) {
+        (Some(error), _) => format!("{}: {}", error.code().name(), error.one_line()),
+        (None, Some(point)) => format!("point {point}, {} shipped", shipped.unwrap_or_default()),
+        (None, None) => "no point".to_owned(),
+    };
+    let line = format!("{} {}: {ended}, {seconds:.1} s", run.policy, result.vm);
+    output::printable(&line)
+}
+
+fn systemd(app: &App, args: &Systemd) -> Result<()> {
+    let program = std::env::current_exe();
+    let program = program.map_err(|error| Error::io("looking for this program", error))?;
+    let policies = args.file.path(app);
+    let policies = std::path::absolute(&policies).unwrap_or(policies);
+    let wanted = Wanted {
+        program: &program,
+        policies: &policies,
+        config: app.globals.config.as_deref(),
+        ssh_config: app.ssh.config.as_deref(),
+        user: &args.user,
+    };
+    let units = match args.timer {
+        true => systemd::timer(&wanted)?,
+        false => systemd::daemon(&wanted)?,
+    };
+    let Some(directory) = &args.directory else {
+        let all = units
+            .iter()
+            .map(|unit| format!("# {}\n{}\n", unit.name, unit.text));
+        return output::to_stdout(all.collect::<String>());
+    };
+    for unit in &units {
+        let path = directory.join(unit.name);
+        let written = std::fs::write(&path, &unit.text);
+        written.map_err(|error| Error::io(format!("writing {}", path.display()), error))?;
+    }
+    let last = units.last().map_or("", |unit| unit.name);
+    output::to_stdout(format!(
+        "systemctl daemon-reload && systemctl enable --now {last}\n"
+    ))
 }
 
 /// One error for all VMs of so many that failed.

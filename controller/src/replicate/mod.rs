@@ -6,12 +6,21 @@
 //!  policies (policy) ─ which are due (schedule) ─ VMs side by side (run)
 //!                                                  └ a new point each ─ points that go (keep)
 //!  a policy, or a directory of replicas ─ VMs started from their points (failover)
+//!
+//!  the daemon: which VM is next (scheduler) ─ one VM (run) ─ what is wrong (alarms) ─ who hears (notify)
+//!                                                           └ how much, how old (metrics)
 //! ```
 
+pub mod alarms;
 pub mod check;
+pub mod daemon;
 pub mod failover;
 pub mod keep;
+pub mod metrics;
+pub mod notify;
 pub mod policy;
 pub mod run;
 pub mod schedule;
+pub mod scheduler;
 pub mod status;
+pub mod systemd;

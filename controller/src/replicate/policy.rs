@@ -38,6 +38,9 @@ const KEEP: Keep = Keep {
 /// Bytes that stay free where nothing else is said.
 const MIN_FREE: u64 = 1 << 30;
 
+/// How long an alarm stays as it is before it is told again, where nothing else is said.
+const REPEAT: SignedDuration = SignedDuration::from_hours(4);
+
 /// The longest name of a policy: it is a part of file names.
 const NAME_LEN: usize = 64;
 
@@ -50,6 +53,62 @@ pub struct Mistake {
     pub what: String,
     /// What would be right.
     pub remedy: String,
+}
+
+/// What the file says.
+#[derive(Debug, Clone)]
+pub struct Policies {
+    /// The policies, by their names.
+    pub all: Vec<Policy>,
+    /// How much the daemon does at once.
+    pub limits: Limits,
+    /// Who is told of what it finds.
+    pub notify: Notify,
+}
+
+/// How many VMs get a point at once, over all policies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// From or to one host.
+    pub host: NonZeroUsize,
+    /// From one host to another one.
+    pub link: NonZeroUsize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            host: const { NonZeroUsize::new(4).expect("four is not zero") },
+            link: const { NonZeroUsize::new(2).expect("two is not zero") },
+        }
+    }
+}
+
+/// Who is told of alarms, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notify {
+    /// For a shell, on the machine of the controller; it gets the alarm as JSON.
+    pub command: Option<String>,
+    /// Gets a mail by the sendmail of that machine.
+    pub mail: Option<String>,
+    /// Gets the same JSON by POST.
+    pub webhook: Option<String>,
+    /// Is fetched as long as all is well: its silence is an alarm.
+    pub heartbeat: Option<String>,
+    /// How long an alarm stays as it is before it is told again.
+    pub repeat: SignedDuration,
+}
+
+impl Default for Notify {
+    fn default() -> Self {
+        Self {
+            command: None,
+            mail: None,
+            webhook: None,
+            heartbeat: None,
+            repeat: REPEAT,
+        }
+    }
 }
 
 /// A policy.
@@ -109,6 +168,27 @@ pub struct Window {
 struct File {
     #[serde(default)]
     policy: BTreeMap<Spanned<String>, Written>,
+    #[serde(default)]
+    limits: WrittenLimits,
+    #[serde(default)]
+    notify: WrittenNotify,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct WrittenLimits {
+    per_host: Option<Spanned<i64>>,
+    per_link: Option<Spanned<i64>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenNotify {
+    command: Option<Spanned<String>>,
+    mail: Option<Spanned<String>>,
+    webhook: Option<Spanned<String>>,
+    heartbeat: Option<Spanned<String>>,
+    repeat: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -158,7 +238,7 @@ struct WrittenWindow {
 ///
 /// # Errors
 /// All [`Mistake`]s; of what is no TOML, or no policy at all, the first.
-pub fn parse(text: &str) -> Result<Vec<Policy>, Vec<Mistake>> {
+pub fn parse(text: &str) -> Result<Policies, Vec<Mistake>> {
     let file: File = toml::from_str(text).map_err(|error| {
         let at = error.span().map_or(0, |span| span.start);
         vec![Mistake {
@@ -171,12 +251,14 @@ pub fn parse(text: &str) -> Result<Vec<Policy>, Vec<Mistake>> {
         text,
         mistakes: Vec::new(),
     };
-    let policies: Vec<_> = file
+    let limits = reader.limits(&file.limits);
+    let notify = reader.notify(&file.notify);
+    let all: Vec<_> = file
         .policy
         .iter()
         .filter_map(|(name, written)| reader.policy(name, written))
         .collect();
-    if policies.is_empty() && reader.mistakes.is_empty() {
+    if all.is_empty() && reader.mistakes.is_empty() {
         reader.mistakes.push(Mistake {
             line: 1,
             what: "there is no policy in this file".to_owned(),
@@ -185,7 +267,11 @@ pub fn parse(text: &str) -> Result<Vec<Policy>, Vec<Mistake>> {
     }
     reader.mistakes.sort_by_key(|mistake| mistake.line);
     match reader.mistakes.is_empty() {
-        true => Ok(policies),
+        true => Ok(Policies {
+            all,
+            limits,
+            notify,
+        }),
         false => Err(reader.mistakes),
     }
 }
@@ -194,7 +280,7 @@ pub fn parse(text: &str) -> Result<Vec<Policy>, Vec<Mistake>> {
 ///
 /// # Errors
 /// Not found, or usage with all mistakes, each with file, line and what to do.
-pub fn load(path: &Path) -> Result<Vec<Policy>> {
+pub fn load(path: &Path) -> Result<Policies> {
     let shown = path.display();
     let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {
@@ -256,6 +342,61 @@ impl Reader<'_> {
         }
     }
 
+    fn limits(&mut self, written: &WrittenLimits) -> Limits {
+        let default = Limits::default();
+        let mut limit = |key: &str, written: &Option<Spanned<i64>>, default| {
+            let given = written.as_ref();
+            given
+                .and_then(|given| self.at_once(key, given))
+                .unwrap_or(default)
+        };
+        Limits {
+            host: limit("per-host", &written.per_host, default.host),
+            link: limit("per-link", &written.per_link, default.link),
+        }
+    }
+
+    fn notify(&mut self, written: &WrittenNotify) -> Notify {
+        let text = |text: &Option<Spanned<String>>| {
+            let text = text.as_ref()?;
+            Some(text.get_ref().clone())
+        };
+        for (key, url) in [
+            ("webhook", &written.webhook),
+            ("heartbeat", &written.heartbeat),
+        ] {
+            let Some(url) = url else { continue };
+            let is_plain = !url
+                .get_ref()
+                .contains(|c: char| c.is_control() || "\"\\ ".contains(c));
+            let is_known = ["http://", "https://"].map(|scheme| url.get_ref().starts_with(scheme));
+            if !is_plain || !is_known.contains(&true) {
+                // It may hold a secret.
+                let what = format!("{key} is no URL of http or https");
+                self.mistake(url, what, "begin it with https://");
+            }
+        }
+        if let Some(mail) = &written.mail {
+            let address = mail.get_ref();
+            let is_plain = |c: char| !c.is_whitespace() && !c.is_control();
+            if !address.contains('@') || !address.chars().all(is_plain) || address.starts_with('-')
+            {
+                let what = format!("mail = {address:?} is no address");
+                self.mistake(mail, what, "take one such as root@example.org");
+            }
+        }
+        let repeat = written.repeat.as_ref();
+        Notify {
+            command: text(&written.command),
+            mail: text(&written.mail),
+            webhook: text(&written.webhook),
+            heartbeat: text(&written.heartbeat),
+            repeat: repeat
+                .and_then(|repeat| self.duration("repeat", repeat))
+                .unwrap_or(REPEAT),
+        }
+    }
+
     fn policy(&mut self, name: &Spanned<String>, written: &Written) -> Option<Policy> {
         let so_far = self.mistakes.len();
         self.check_names(name, written);
@@ -284,7 +425,10 @@ impl Reader<'_> {
         });
         let windows = written.not_between.iter();
         let quiet: Vec<Window> = windows.filter_map(|window| self.window(window)).collect();
-        let parallel = self.parallel(written.parallel.as_ref());
+        let parallel = written.parallel.as_ref();
+        let parallel = parallel
+            .and_then(|parallel| self.at_once("parallel", parallel))
+            .unwrap_or(NonZeroUsize::MIN);
         let live = self.live(written.live.as_ref());
         let quiesce = self.optional(
             "quiesce",
@@ -447,21 +591,16 @@ impl Reader<'_> {
         Some(Window { days, from, to })
     }
 
-    fn parallel(&mut self, written: Option<&Spanned<i64>>) -> NonZeroUsize {
-        let one = NonZeroUsize::MIN;
-        let Some(written) = written else { return one };
+    /// A number of VMs at once.
+    fn at_once(&mut self, key: &str, written: &Spanned<i64>) -> Option<NonZeroUsize> {
         let number = usize::try_from(*written.get_ref()).ok();
-        match number
-            .filter(|number| *number <= 64)
-            .and_then(NonZeroUsize::new)
-        {
-            Some(parallel) => parallel,
-            None => {
-                let what = format!("parallel = {} cannot be", written.get_ref());
-                self.mistake(written, what, "take 1 to 64 VMs at once");
-                one
-            }
+        let number = number.filter(|number| *number <= 64);
+        let parsed = number.and_then(NonZeroUsize::new);
+        if parsed.is_none() {
+            let what = format!("{key} = {} cannot be", written.get_ref());
+            self.mistake(written, what, "take 1 to 64 VMs at once");
         }
+        parsed
     }
 
     /// A VM is never read torn into a replica, nor suspended by a schedule.
@@ -601,7 +740,7 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
 
     #[test]
     fn a_plain_policy_is_read() {
-        let all = parse(PLAIN).unwrap();
+        let all = parse(PLAIN).unwrap().all;
         let [policy] = &all[..] else {
             panic!("{all:?}")
         };
@@ -676,14 +815,40 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
                 "absolute",
             ),
             ("rpo = \"1h\"", "rpo = \"1h\"\nrtp = \"2h\"", 8, "rtp"),
+        ];
+        let more = [
             ("to = \"02:00\"", "to = \"2 am\"", 9, "2 am"),
             ("to = \"02:00\"", "to = \"22:00\"", 9, "ends when it begins"),
             ("days = \"fri\"", "days = \"fry\"", 9, "fry"),
             ("keep = { last = 4", "keep = { last = -4", 8, ""),
             ("[policy.shop]", "[policy.\"a/b\"]", 1, "a/b"),
             ("destination = \"hv2\"\n", "", 1, "destination"),
+            (
+                "[policy.shop]",
+                "[limits]\nper-host = 0\n[policy.shop]",
+                2,
+                "per-host = 0",
+            ),
+            (
+                "[policy.shop]",
+                "[notify]\nmail = \"root\"\n[policy.shop]",
+                2,
+                "root",
+            ),
+            (
+                "[policy.shop]",
+                "[notify]\nwebhook = \"hook\"\n[policy.shop]",
+                2,
+                "webhook",
+            ),
+            (
+                "[policy.shop]",
+                "[notify]\nrepeat = \"often\"\n[policy.shop]",
+                2,
+                "often",
+            ),
         ];
-        for (right, wrong, line, told) in cases {
+        for (right, wrong, line, told) in cases.into_iter().chain(more) {
             assert!(PLAIN.contains(right), "{right}");
             let found = mistakes(&PLAIN.replacen(right, wrong, 1));
             assert_eq!(found.len(), 1, "{wrong}: {found:?}");
@@ -691,14 +856,24 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
             assert!(found[0].what.contains(told), "{wrong}: {found:?}");
             assert!(!found[0].remedy.is_empty(), "{wrong}: {found:?}");
         }
+    }
+
+    #[test]
+    fn the_template_has_every_key_and_what_is_wrong_twice_is_told_twice() {
         let every_key = TEMPLATE.lines().map(|line| {
             line.strip_prefix('#')
                 .filter(|rest| rest.contains(" = "))
                 .unwrap_or(line)
         });
         let every_key: Vec<&str> = every_key.collect();
-        assert_eq!(parse(TEMPLATE).unwrap().len(), 1);
-        assert_eq!(parse(&every_key.join("\n")).unwrap().len(), 1);
+        assert_eq!(parse(TEMPLATE).unwrap().all.len(), 1);
+        let full = parse(&every_key.join("\n")).unwrap();
+        assert_eq!(full.all.len(), 1);
+        assert_eq!(
+            (full.limits, full.notify.repeat),
+            (Limits::default(), REPEAT)
+        );
+        assert!(full.notify.command.is_some() && full.notify.heartbeat.is_some());
         assert!(mistakes("")[0].what.contains("no policy"));
         let two = PLAIN.replace("15m", "x").replace("1h", "y");
         assert_eq!(mistakes(&two).len(), 2);

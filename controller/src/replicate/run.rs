@@ -31,6 +31,9 @@ pub struct VmRun {
     /// The new point.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub point: Option<String>,
+    /// The instant of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instant: Option<Timestamp>,
     /// The points that went.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<String>,
@@ -43,6 +46,17 @@ pub enum Which {
     All,
     /// Those of which a point is due.
     Due,
+    /// Those that a scheduler has found due, but for those that are live.
+    Scheduled,
+}
+
+/// What became of one VM.
+#[derive(Debug)]
+pub struct Turn {
+    /// What its replica was found to be; of one that was not looked at, that it follows.
+    pub standing: Standing,
+    /// What was done; `None` where nothing had to be.
+    pub run: Option<VmRun>,
 }
 
 /// What a policy finds on its hosts.
@@ -72,6 +86,34 @@ pub async fn find(source: &Hypervisor, destination: &Host, policy: &Policy) -> R
     Ok(Found { vms, gone })
 }
 
+/// Of the VMs that a source does not have any more those that somebody has to be told of: one that
+/// has failed over needs its source no longer.
+///
+/// # Errors
+/// When the destination cannot be asked.
+pub async fn missed(on: &Hypervisor, policy: &Policy, gone: Vec<String>) -> Result<Vec<String>> {
+    let mut missed = Vec::new();
+    for vm in gone {
+        if failover::role(on, &policy.directory_of(&vm))
+            .await?
+            .is_none()
+        {
+            missed.push(vm);
+        }
+    }
+    Ok(missed)
+}
+
+/// The error for a VM that its source does not have any more.
+pub fn is_gone(policy: &Policy, vm: &str) -> Error {
+    let message = format!(
+        "{vm} is gone from {}; what there is of its replica stays",
+        policy.source
+    );
+    let hint = format!("exclude it from {} if that is meant", policy.name);
+    Error::new(ErrorCode::NotFound, message).hint(hint)
+}
+
 /// Runs a policy. What fails is in the answer, also when no VM could be looked for.
 pub async fn run(context: &Context, connect: &str, policy: &Policy, which: Which) -> Vec<VmRun> {
     let source = Hypervisor::new(context.host(&policy.source), connect);
@@ -88,60 +130,88 @@ pub async fn run(context: &Context, connect: &str, policy: &Policy, which: Which
         running.spawn(async move {
             // The semaphore is never closed; without a permit the work is done all the same.
             let _turn = turns.acquire_owned().await;
-            (
-                at,
-                Box::pin(vm_run(&context, &connect, &policy, &vm, which)).await,
-            )
+            let turn = one(&context, &connect, &policy, &vm, which, Pruning::Wanted);
+            (at, Box::pin(turn).await)
         });
     }
     let mut done = running.join_all().await;
     done.sort_by_key(|(at, _)| *at);
-    let mut all: Vec<VmRun> = done.into_iter().filter_map(|(_, run)| run).collect();
+    let mut all: Vec<VmRun> = done.into_iter().filter_map(|(_, turn)| turn.run).collect();
     let on = Hypervisor::new(destination.clone(), connect);
-    let mut gone = Vec::new();
-    for vm in found.gone {
-        // Of one that has failed over nobody needs the source any more.
-        match failover::role(&on, &policy.directory_of(&vm)).await {
-            Ok(Some(_)) => {}
-            Ok(None) => gone.push(vm),
-            Err(error) => all.push(failed(policy, &vm, error)),
+    match missed(&on, policy, found.gone).await {
+        Ok(missed) => {
+            let missed = missed.iter();
+            all.extend(missed.map(|vm| failed(policy, vm, is_gone(policy, vm))));
         }
+        Err(error) => all.push(failed(policy, "", error)),
     }
-    all.extend(gone.iter().map(|vm| {
-        let message = format!(
-            "{vm} is gone from {}; what there is of its replica stays",
-            policy.source
-        );
-        let error = Error::new(ErrorCode::NotFound, message);
-        let hint = format!("exclude it from {} if that is meant", policy.name);
-        failed(policy, vm, error.hint(hint))
-    }));
     all
 }
 
-/// One VM; `None` when nothing is due.
-async fn vm_run(
+/// Whether points that need not stay go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pruning {
+    /// They do.
+    Wanted,
+    /// They do not: the clock is not believed.
+    Suspended,
+}
+
+/// One VM.
+pub async fn one(
     context: &Context,
     connect: &str,
     policy: &Policy,
     vm: &str,
     which: Which,
-) -> Option<VmRun> {
+    pruning: Pruning,
+) -> Turn {
+    let mut turn = Turn {
+        standing: Standing::Follows,
+        run: None,
+    };
     if context.cancelled.is_cancelled() {
         let error = Error::new(ErrorCode::Cancelled, "stopped by the user");
-        return Some(failed(policy, vm, error));
+        turn.run = Some(failed(policy, vm, error));
+        return turn;
     }
-    let destination = context.host(&policy.destination);
+    let on = Hypervisor::new(context.host(&policy.destination), connect);
     let directory = policy.directory_of(vm);
-    if which == Which::Due {
+    if which != Which::All {
         let source = Hypervisor::new(context.host(&policy.source), connect);
-        let on = Hypervisor::new(destination.clone(), connect);
-        match is_due(&source, &on, &directory, policy).await {
-            Ok(true) => {}
-            Ok(false) => return None,
-            Err(error) => return Some(failed(policy, vm, error)),
+        match failover::standing(&on, &directory, &source).await {
+            Ok(standing) => turn.standing = standing,
+            Err(error) => {
+                turn.run = Some(failed(policy, vm, error));
+                return turn;
+            }
         }
     }
+    match (turn.standing, which) {
+        (Standing::Live, _) => return turn,
+        (Standing::Follows, Which::Due) => match is_due(on.host(), &directory, policy).await {
+            Ok(true) => {}
+            Ok(false) => return turn,
+            Err(error) => {
+                turn.run = Some(failed(policy, vm, error));
+                return turn;
+            }
+        },
+        // That its source runs as well is to be told at once.
+        (Standing::SplitBrain | Standing::Follows, _) => {}
+    }
+    turn.run = Some(make(context, connect, policy, vm, pruning).await);
+    turn
+}
+
+/// Makes a new point of a VM.
+async fn make(
+    context: &Context,
+    connect: &str,
+    policy: &Policy,
+    vm: &str,
+    pruning: Pruning,
+) -> VmRun {
     let request = policy.request(vm);
     let recording = Recording::begin(&Begun {
         operation: "replicate",
@@ -153,12 +223,14 @@ async fn vm_run(
     let mut run = VmRun {
         policy: policy.name.clone(),
         result,
+        instant: point.as_ref().map(|point| point.manifest.instant),
         point: point.map(|point| point.name),
         removed: Vec::new(),
     };
-    if run.point.is_some() {
+    if run.point.is_some() && pruning == Pruning::Wanted {
+        let destination = context.host(&policy.destination);
         let warnings = &mut run.result.warnings;
-        match prune(&destination, &directory, policy, warnings).await {
+        match prune(&destination, &request.directory, policy, warnings).await {
             Ok(removed) => run.removed = removed,
             Err(error) => warnings.push(error.one_line()),
         }
@@ -166,24 +238,13 @@ async fn vm_run(
     if let Err(error) = recording.and_then(|recording| recording.end(&run)) {
         run.result.warnings.push(error.one_line());
     }
-    Some(run)
+    run
 }
 
-/// Whether a point is due. Of a replica that is live none is, but that its source runs as well is to
-/// be told at once.
-async fn is_due(
-    source: &Hypervisor,
-    on: &Hypervisor,
-    directory: &str,
-    policy: &Policy,
-) -> Result<bool> {
-    match failover::standing(on, directory, source).await? {
-        Standing::Live => return Ok(false),
-        Standing::SplitBrain => return Ok(true),
-        Standing::Follows => {}
-    }
+/// Whether a point is due.
+async fn is_due(on: &Host, directory: &str, policy: &Policy) -> Result<bool> {
     let now = Timestamp::now();
-    let listed = replica::points(on.host(), directory).await?;
+    let listed = replica::points(on, directory).await?;
     let newest = newest(listed.instants(), now);
     Ok(!policy.is_quiet(now) && policy.schedule.due(newest, now).is_some())
 }
@@ -216,12 +277,14 @@ async fn prune(
     }
 }
 
-fn failed(policy: &Policy, vm: &str, error: Error) -> VmRun {
+/// What a run says that could not begin.
+pub fn failed(policy: &Policy, vm: &str, error: Error) -> VmRun {
     let (source, destination) = (&policy.source, &policy.destination);
     VmRun {
         policy: policy.name.clone(),
         result: VmResult::failed("replicate", source, destination, vm, error),
         point: None,
+        instant: None,
         removed: Vec::new(),
     }
 }

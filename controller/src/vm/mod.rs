@@ -42,4 +42,4 @@ pub mod verify;
 
 pub use live::{LiveChoice, Probe, Quiesce, probe};
 pub use obstacle::Obstacle;
-pub use result::VmResult;
+pub use result::{Scan, VmResult};

@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -32,6 +34,9 @@ const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 
 const PINNED: &str = "pinned";
+
+/// The form of a point's name.
+const NAME: &str = "%Y%m%dT%H%M%SZ";
 
 /// What a point is of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -370,7 +375,13 @@ fn finding<'w>(points: &'w str, name: &'w str) -> [&'w str; 8] {
 
 /// The name of the point of an instant: no colon, which QEMU would take for a protocol.
 fn name_of(instant: Timestamp) -> String {
-    instant.strftime("%Y%m%dT%H%M%SZ").to_string()
+    instant.strftime(NAME).to_string()
+}
+
+/// The instant of a point by its name, to a second; `None` for what is none.
+pub(super) fn instant_of(name: &str) -> Option<Timestamp> {
+    let civil = DateTime::strptime(NAME, name).ok()?;
+    Some(civil.to_zoned(TimeZone::UTC).ok()?.timestamp())
 }
 
 /// The definition of a VM whose disks are raw files in another directory.

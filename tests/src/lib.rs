@@ -8,7 +8,8 @@
 //!        └─ directory    disks and mount points; the same path here and on both hosts
 //! ```
 //!
-//! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own.
+//! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own, and
+//! [`replication`] with a policy from the one to the other.
 //! For power cuts there is [`recorded`]: a disk that remembers its writes.
 //! [`campaign`] kills processes of a run, over and over.
 //!
@@ -35,5 +36,6 @@ pub mod network;
 pub mod outcome;
 pub mod process;
 pub mod recorded;
+pub mod replication;
 pub mod skip;
 pub mod wire;

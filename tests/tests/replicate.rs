@@ -1,103 +1,15 @@
 //! Replication: points of VMs on another host, as a policy wants them.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvm_clone_tests::controller::{Run, Running};
-use kvm_clone_tests::hypervisor::{Firmware, Site, SiteSpec, Vm, alone, mark, records, set_mark};
+use kvm_clone_tests::hypervisor::{Firmware, Vm, alone, mark, records, set_mark};
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::wait_for;
+use kvm_clone_tests::replication::{PLACE, Replication};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Where replicas are on hvB.
-const PLACE: &str = "/var/lib/libvirt/images/kvm-clone/shop";
-
-/// Two hypervisors, the second with XFS, and a policy from the one to the other.
-struct Replication {
-    site: Site,
-    policies: PathBuf,
-}
-
-impl Replication {
-    fn start(kinds: [Kind; 2], policy: &str) -> Option<Self> {
-        let spec = SiteSpec {
-            kinds,
-            ..SiteSpec::default()
-        };
-        let site = Site::with(&spec)?;
-        let policies = site.controller.home().join("policies.toml");
-        let replication = Self { site, policies };
-        replication.write(policy);
-        Some(replication)
-    }
-
-    /// With a VM, busy, that writes on hvA.
-    fn that_writes(policy: &str) -> Option<Self> {
-        let shop = Self::start([Kind::Ext4, Kind::Xfs], policy)?;
-        let busy = Vm::that_writes("busy", ["qcow2", "raw", "qcow2"]);
-        shop.site.define(&shop.site.a, &busy);
-        shop.site.a.start_writing("busy");
-        Some(shop)
-    }
-
-    fn write(&self, policy: &str) {
-        let both = "[policy.shop]\nsource = \"hvA\"\ndestination = \"hvB\"\n";
-        std::fs::write(&self.policies, format!("{both}{policy}")).unwrap();
-    }
-
-    fn words(&self, words: &[&str]) -> Vec<String> {
-        let file = self.policies.to_str().unwrap();
-        let all = [&["replicate"], words, &["--policies", file]].concat();
-        all.into_iter().map(str::to_owned).collect()
-    }
-
-    fn start_run(&self, words: &[&str]) -> Running {
-        self.site.controller.start(self.words(words))
-    }
-
-    fn run(&self, words: &[&str]) -> Run {
-        self.start_run(words).wait()
-    }
-
-    /// A run of the policy, and what it did with its only VM.
-    fn run_vm(&self) -> Value {
-        let run = self.run(&["run", "shop"]);
-        let runs = run.expect_json()["runs"].clone();
-        assert_eq!(runs.as_array().map(Vec::len), Some(1), "{run}");
-        runs[0].clone()
-    }
-
-    /// The directories of the points of a VM, as its host has them, from the oldest on.
-    fn points(&self, vm: &str) -> Vec<String> {
-        let run = self.run(&["points"]);
-        let vms = run.expect_json()["vms"].clone();
-        let of = |name: &str| vms.as_array()?.iter().find(|vm| vm["vm"] == name).cloned();
-        let points = of(vm).unwrap_or_default()["points"].clone();
-        let points = points.as_array().into_iter().flatten();
-        points
-            .map(|point| point["path"].as_str().unwrap().to_owned())
-            .collect()
-    }
-
-    /// A file of a point, as the test sees it.
-    fn file(&self, point: &str, file: &str) -> PathBuf {
-        let below = point.strip_prefix("/var/lib/libvirt/images/").unwrap();
-        self.site.b.image(below).join(file)
-    }
-
-    /// Claims that a point is one instant, and gives its records.
-    fn records(&self, point: &str) -> u64 {
-        let count = |file: &str| records(&self.file(point, file), "raw").unwrap();
-        let (a, b) = (count("vdb.raw"), count("vdc.raw"));
-        assert!(a == b || a == b + 1, "{point}: {a} and {b} records");
-        a
-    }
-}
 
 const EVERY_MINUTE: &str = "every = \"1m\"\nrpo = \"5m\"\n";
 

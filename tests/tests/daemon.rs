@@ -1,0 +1,325 @@
+//! `replicate daemon`: promises are kept, and each mishap is told of once.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "the figures of a campaign")]
+
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant, SystemTime};
+
+use kvm_clone_tests::controller::{Controller, Running, binary};
+use kvm_clone_tests::hypervisor::alone;
+use kvm_clone_tests::process::wait_for;
+use kvm_clone_tests::replication::Replication;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How old the newest point may be, in seconds.
+const RPO: f64 = 60.0;
+
+/// A daemon, what it tells, and what it measures.
+struct Watched {
+    shop: Replication,
+    daemon: Running,
+    notices: PathBuf,
+    metrics: PathBuf,
+}
+
+impl Watched {
+    fn start() -> Option<Self> {
+        let shop = Replication::that_writes("")?;
+        let home = shop.site.controller.home();
+        let (notices, metrics) = (home.join("notices"), home.join("metrics.prom"));
+        std::fs::write(&notices, "").unwrap();
+        let command = format!("cat >> {0}; echo >> {0}", notices.display());
+        let policy = format!(
+            "vms = [\"busy\"]\nevery = \"20s\"\nrpo = \"{RPO}s\"\nkeep = {{ last = 500 }}\n\
+             [notify]\ncommand = \"{command}\"\n"
+        );
+        shop.write(&policy);
+        let daemon = start_daemon(&shop, &metrics);
+        let watched = Self {
+            shop,
+            daemon,
+            notices,
+            metrics,
+        };
+        watched.wait_for_another_point();
+        Some(watched)
+    }
+
+    /// All that was told, as event and kind.
+    fn told(&self) -> Vec<(String, String)> {
+        let notices = std::fs::read_to_string(&self.notices).unwrap();
+        let told = notices.lines().map(|line| {
+            let notice: Value = serde_json::from_str(line).expect(line);
+            assert_eq!(
+                (&notice["policy"], &notice["vm"]),
+                (&"shop".into(), &"busy".into())
+            );
+            let text = |key: &str| notice[key].as_str().unwrap().to_owned();
+            (text("event"), text("kind"))
+        });
+        told.collect()
+    }
+
+    /// A figure of the VM.
+    fn measured(&self, name: &str) -> Option<f64> {
+        let text = std::fs::read_to_string(&self.metrics).ok()?;
+        let start = format!("kvm_clone_{name}{{policy=\"shop\",vm=\"busy\"}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&start))?;
+        value.parse().ok()
+    }
+
+    fn age(&self) -> Option<f64> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let newest = self.measured("newest_point_timestamp_seconds")?;
+        Some(now.unwrap().as_secs_f64() - newest)
+    }
+
+    fn wait_for_another_point(&self) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.unwrap().as_secs_f64();
+        wait_for("another point", PATIENCE, || {
+            let newest = self.measured("newest_point_timestamp_seconds")?;
+            (newest > now).then_some(())
+        });
+    }
+
+    /// Does something that keeps points from being made, waits for the alarm, undoes it, and waits
+    /// for its end: it is one alarm, which may have become worse.
+    fn suffers(&self, what: &str, mishap: impl FnOnce(), remedy: impl FnOnce()) {
+        let before = self.told().len();
+        let begun = Instant::now();
+        mishap();
+        wait_for(&format!("an alarm: {what}"), PATIENCE, || {
+            (self.told().len() > before).then_some(())
+        });
+        println!("{what}: alarm after {:.0} s", begun.elapsed().as_secs_f64());
+        remedy();
+        wait_for(&format!("the end of it: {what}"), PATIENCE, || {
+            let told = self.told();
+            (told[before..].last()?.0 == "over").then_some(())
+        });
+        println!("{what}: over after {:.0} s", begun.elapsed().as_secs_f64());
+        let told = self.told()[before..].to_vec();
+        assert_eq!(
+            told[0],
+            ("raised".to_owned(), "failed".to_owned()),
+            "{what}"
+        );
+        let raised = told.iter().filter(|(event, _)| event == "raised");
+        assert_eq!(raised.count(), 1, "{what}: {told:?}");
+    }
+}
+
+fn start_daemon(shop: &Replication, metrics: &std::path::Path) -> Running {
+    let metrics = metrics.to_str().unwrap();
+    shop.start_run(&["daemon", "--metrics", metrics])
+}
+
+#[test]
+fn a_promise_is_kept_and_each_mishap_is_one_alarm_after_which_all_is_as_before() {
+    let _alone = alone();
+    let Some(mut watched) = Watched::start() else {
+        return;
+    };
+    let seconds = std::env::var("KVM_CLONE_DAEMON_SECONDS");
+    let seconds = seconds.map_or(45, |seconds| seconds.parse().expect("seconds"));
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut oldest: f64 = 0.0;
+    while Instant::now() < end {
+        oldest = oldest.max(watched.age().expect("it is measured"));
+        assert!(oldest <= RPO, "the newest point is {oldest} s old");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    println!("{seconds} s: the newest point was never older than {oldest:.0} s");
+    assert_eq!(watched.told(), []);
+    // What is measured is what there is.
+    let points = watched.shop.points("busy");
+    let made = watched.measured("points_made_total").unwrap();
+    let there = f64::from(u32::try_from(points.len()).unwrap());
+    assert!((made - there).abs() <= 1.0, "{made} and {there}");
+    let status = watched.shop.run(&["status", "--exit-code"]).expect_json();
+    assert_eq!(status["vms"][0]["state"], "kept", "{status}");
+
+    let b = &watched.shop.site.b;
+    let cut = std::env::var("KVM_CLONE_DAEMON_CUT");
+    let cut = cut.map_or(10, |seconds| seconds.parse().expect("seconds"));
+    watched.suffers(
+        "the network is cut",
+        || drop(b.run(&["ip", "link", "set", "eth0", "down"])),
+        || {
+            std::thread::sleep(Duration::from_secs(cut));
+            b.run(&["ip", "link", "set", "eth0", "up"]);
+        },
+    );
+    watched.suffers(
+        "processes of the destination are killed",
+        || {
+            wait_for("an agent", PATIENCE, || {
+                (!b.agents().is_empty()).then_some(())
+            });
+            drop(b.exec(&["pkill", "-KILL", "-f", "kvm-clone/agent-"]));
+        },
+        || {},
+    );
+    watched.suffers(
+        "the destination is full",
+        || {
+            drop(b.exec(&[
+                "sh",
+                "-c",
+                "head -c 100G /dev/zero > /var/lib/libvirt/images/full",
+            ]));
+        },
+        || drop(b.run(&["rm", "/var/lib/libvirt/images/full"])),
+    );
+
+    // A daemon that is killed is followed by another one, which tells nobody of what is well.
+    let before = watched.told().len();
+    watched.daemon.signal(Signal::SIGKILL);
+    watched.daemon = start_daemon(&watched.shop, &watched.metrics);
+    watched.wait_for_another_point();
+    assert_eq!(watched.told().len(), before);
+
+    // It stops in order; no good point was lost, and none is torn.
+    watched.daemon.signal(Signal::SIGTERM);
+    let Watched { shop, daemon, .. } = watched;
+    let stopped = daemon.wait();
+    stopped.expect_code(0);
+    let after = shop.points("busy");
+    assert_eq!(after[..points.len()], points);
+    let records: Vec<u64> = after.iter().map(|point| shop.records(point)).collect();
+    assert!(records.is_sorted(), "{records:?}");
+    println!(
+        "{} points, of {:?} to {:?} records",
+        after.len(),
+        records.first(),
+        records.last()
+    );
+    shop.site.a.assert_tidy();
+    shop.site.b.assert_tidy();
+}
+
+/// A daemon as systemd starts it, whose hosts cannot be reached.
+struct Service {
+    directory: tempfile::TempDir,
+    socket: UnixDatagram,
+    child: Child,
+}
+
+impl Service {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let service = |child| Self {
+            directory,
+            socket,
+            child,
+        };
+        let policies = path.with_file_name("policies.toml");
+        std::fs::write(&policies, policy("10s")).unwrap();
+        let controller = Controller::new(path.with_file_name("home"), path.with_file_name("ssh"));
+        std::fs::create_dir_all(controller.home()).unwrap();
+        let mut command = controller.command(&binary());
+        command
+            .args(["replicate", "daemon", "--policies"])
+            .arg(&policies);
+        command.env("NOTIFY_SOCKET", &path);
+        command.stdout(std::process::Stdio::null());
+        command.stderr(std::process::Stdio::null());
+        service(command.spawn().unwrap())
+    }
+
+    /// Waits until it has told systemd this.
+    fn tells(&self, wanted: &str) {
+        let mut buffer = [0; 4096];
+        loop {
+            let read = self.socket.recv(&mut buffer).expect(wanted);
+            let said = std::str::from_utf8(&buffer[..read]).unwrap();
+            if said.lines().any(|line| line.starts_with(wanted)) {
+                return;
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let id = i32::try_from(self.child.id()).unwrap();
+        kill(Pid::from_raw(id), signal).unwrap();
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // It has ended, or the test has failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn policy(every: &str) -> String {
+    format!(
+        "[policy.shop]\nsource = \"a.invalid\"\ndestination = \"b.invalid\"\nvms = [\"*\"]\n\
+         every = \"{every}\"\nrpo = \"1h\"\n"
+    )
+}
+
+#[test]
+fn systemd_is_told_when_it_is_ready_alive_reloading_and_stopping() {
+    let mut service = Service::start();
+    service.tells("READY=1");
+    service.tells("WATCHDOG=1");
+    // Nothing is known of the VMs of a policy whose hosts do not answer: that is an alarm.
+    service.tells("STATUS=0 run, 0 wait, 1 alarms");
+    let policies = service.directory.path().join("policies.toml");
+    for text in [policy("30s"), "no policy".to_owned()] {
+        std::fs::write(&policies, text).unwrap();
+        service.signal(Signal::SIGHUP);
+        service.tells("RELOADING=1");
+        service.tells("READY=1");
+    }
+    service.signal(Signal::SIGTERM);
+    service.tells("STOPPING=1");
+    assert_eq!(service.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn the_units_are_what_systemd_takes() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = directory.path().join("my home");
+    std::fs::create_dir(&home).unwrap();
+    let controller = Controller::new(home, directory.path().join("ssh"));
+    let units = directory.path().to_str().unwrap();
+    for (options, names) in [
+        (&[][..], &["kvm-clone-replicate.service"][..]),
+        (
+            &["--timer"],
+            &[
+                "kvm-clone-replicate-due.service",
+                "kvm-clone-replicate-due.timer",
+            ],
+        ),
+    ] {
+        let words = [&["replicate", "systemd", "--directory", units][..], options].concat();
+        let run = controller.run_plain(words);
+        run.expect_code(0);
+        assert!(run.text().contains(names.last().unwrap()), "{run}");
+        let mut verify = Command::new("systemd-analyze");
+        verify.args(["verify", "--man=no", "--recursive-errors=no"]);
+        verify.args(names.iter().map(|name| directory.path().join(name)));
+        let said = verify.output().expect("systemd-analyze is there");
+        let text = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(said.status.success() && text.is_empty(), "{text}");
+    }
+    let refused = controller.run_plain(["replicate", "systemd", "--user", "no body"]);
+    refused.expect_code(2);
+}

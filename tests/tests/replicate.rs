@@ -308,6 +308,81 @@ fn a_planned_failover_loses_nothing_and_from_then_on_nothing_is_overwritten() {
     b.assert_tidy();
 }
 
+/// The last record of which a guest has said that it is written.
+fn wrote(console: &str) -> Option<u64> {
+    console.lines().rev().find_map(|line| {
+        let number = line.strip_prefix("GUEST wrote ")?;
+        number.split_once(' ')?.0.parse().ok()
+    })
+}
+
+#[test]
+fn a_failback_brings_what_was_written_home_and_keeps_what_was_there() {
+    let _alone = alone();
+    let policy = format!("vms = [\"busy\"]\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::that_writes(&policy) else {
+        return;
+    };
+    let (a, b) = (&shop.site.a, &shop.site.b);
+    a.virsh(&["autostart", "busy"]);
+    shop.run_vm();
+    let follows = shop.run(&["failback", "shop"]);
+    follows.expect_failure(5, &["refused"], "is not live");
+    let at_once = ["--shutdown-timeout", "1s", "--force-stop"];
+    let planned = [&["failover", "shop", "--planned"], &at_once[..]].concat();
+    shop.run(&planned).expect_code(0);
+    let at_failover = shop.records(shop.points("busy").last().unwrap());
+    b.wait_for_writing("busy");
+
+    // Somebody starts the old one: nothing is brought onto it. What it wrote is kept.
+    a.start_writing("busy");
+    let back = [&["failback", "shop"], &at_once[..]].concat();
+    let brain = shop.run(&back);
+    brain.expect_failure(5, &["refused"], "split brain");
+    a.virsh(&["destroy", "busy"]);
+    // The source does not start: the replica runs on.
+    a.instead("virsh", "*start*", "echo no luck >&2; exit 1");
+    let luckless = shop.run(&back);
+    a.as_ever("virsh");
+    luckless.expect_failure(1, &["io"], "was started again on hvB");
+    b.wait_for_writing("busy");
+    let kept = shop.points("busy").pop().unwrap();
+    assert!(shop.records(&kept) > at_failover);
+
+    let before = wrote(&b.console("busy")).unwrap();
+    let run = shop.run(&back);
+    let result = run.expect_json()["vms"][0].clone();
+    assert!(kept.ends_with(result["kept"].as_str().unwrap()), "{run}");
+    // Most of it had been brought by the run before.
+    let shipped = result["bytes_wire"].as_u64().unwrap();
+    assert!(shipped < 32 * 1024 * 1024, "{run}");
+    a.wait_for_writing("busy");
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    assert!(!b.image("kvm-clone/shop/busy/live").exists());
+    let info = a.virsh(&["dominfo", "busy"]);
+    let autostart = info.lines().find(|line| line.starts_with("Autostart:"));
+    assert!(autostart.unwrap().ends_with("enable"), "{info}");
+
+    // The policy runs as before, and the newest point has all that was written, without a gap.
+    let run = shop.run_vm();
+    assert_eq!(run["success"], true, "{run}");
+    let after = shop.records(shop.points("busy").last().unwrap());
+    assert!(
+        after > before && before > at_failover,
+        "{at_failover}, {before}, {after}"
+    );
+    expect_state(&shop, "kept");
+    let vms = shop.run(&["points"]).expect_json()["vms"].clone();
+    let points = vms[0]["points"].as_array().unwrap();
+    let pinned = points.iter().filter(|point| point["pinned"] == true);
+    let pinned: Vec<&str> = pinned
+        .map(|point| point["path"].as_str().unwrap())
+        .collect();
+    assert_eq!(pinned, [kept.as_str()]);
+    a.assert_tidy();
+    b.assert_tidy();
+}
+
 #[test]
 fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source_is_said_to_be_dead()
  {

@@ -15,13 +15,14 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::output;
 use crate::replicate::check::{Checked, check};
 use crate::replicate::daemon::{self, Said, Surroundings};
-use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT, Stop};
+use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT};
 use crate::replicate::policy::{self, Policy, TEMPLATE};
 use crate::replicate::run::{VmRun, Which, run as run_policy};
 use crate::replicate::status::{VmStatus, status};
 use crate::replicate::systemd::{self, Wanted};
 use crate::transfer::Context;
-use crate::vm::failover::{FailoverResult, Role};
+use crate::vm::failback::FailbackResult;
+use crate::vm::failover::{FailoverResult, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::point::Point;
 use crate::vm::replica;
@@ -46,6 +47,8 @@ pub(super) enum Command {
     Pin(Pin),
     /// Start VMs from their points, where those are; nothing is replicated over them from then on
     Failover(Box<Failover>),
+    /// Bring VMs that run from their replicas back to their source, with what they wrote
+    Failback(Failback),
     /// Take back failovers whose VMs are off: they are undefined there, and what they wrote is lost
     Undo(Undo),
 }
@@ -163,18 +166,57 @@ pub(super) struct Failover {
     /// Shut the VMs down at their source first, and make last points: nothing is lost
     #[arg(long, conflicts_with_all = ["from", "point", "source_is_dead"])]
     planned: bool,
-    /// How long a guest has to shut down [default: 5m]
-    #[arg(long, value_name = "DURATION", requires = "planned")]
-    shutdown_timeout: Option<TimeLimit>,
-    /// Switch a guest off that has not shut down by then
-    #[arg(long, requires = "planned")]
-    force_stop: bool,
+    #[command(flatten)]
+    stopping: Stopping,
     /// The VMs do not run at their source, and will not: I have made sure of that
     #[arg(long)]
     source_is_dead: bool,
     /// Connect interfaces of network or bridge OLD to NEW; may be repeated
     #[arg(long, value_name = "OLD=NEW")]
     network_map: Vec<String>,
+}
+
+/// How guests are shut down.
+#[derive(Debug, Args)]
+struct Stopping {
+    /// How long a guest has to shut down [default: 5m]
+    #[arg(long, value_name = "DURATION")]
+    shutdown_timeout: Option<TimeLimit>,
+    /// Switch a guest off that has not shut down by then
+    #[arg(long)]
+    force_stop: bool,
+}
+
+impl Stopping {
+    fn stop(&self) -> Stop {
+        let limit = self.shutdown_timeout.as_ref();
+        Stop {
+            timeout: limit.map_or(SHUTDOWN_TIMEOUT, |TimeLimit(limit)| *limit),
+            force: self.force_stop,
+        }
+    }
+
+    /// Whether anything is said of it.
+    fn is_given(&self) -> bool {
+        self.shutdown_timeout.is_some() || self.force_stop
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Failback {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// Only this VM; may be repeated
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// Overwrite what is on the source's disks, and do not keep it as a point first
+    #[arg(long)]
+    discard_diverged: bool,
+    #[command(flatten)]
+    stopping: Stopping,
 }
 
 #[derive(Debug, Args)]
@@ -215,6 +257,11 @@ struct Started {
 }
 
 #[derive(Debug, Serialize)]
+struct Returned {
+    vms: Vec<FailbackResult>,
+}
+
+#[derive(Debug, Serialize)]
 struct Undone {
     undone: Vec<Role>,
 }
@@ -235,6 +282,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Status(args) => show_status(app, &args).await,
         Command::Pin(args) => pin(app, &args).await,
         Command::Failover(args) => fail_over(app, *args).await,
+        Command::Failback(args) => fail_back(app, &args).await,
         Command::Undo(args) => undo(app, &args.chosen).await,
     }
 }
@@ -523,15 +571,16 @@ async fn fail_over(app: &App, args: Failover) -> Result<()> {
     for rule in &args.network_map {
         network.add(rule)?;
     }
-    let limit = args.shutdown_timeout.map(|TimeLimit(limit)| limit);
+    if args.stopping.is_given() && !args.planned {
+        let message =
+            "--shutdown-timeout and --force-stop are about the source of a planned failover";
+        return Err(Error::usage(message).hint("add --planned, or leave them out"));
+    }
     let how = How {
         point: args.point,
         source_is_dead: args.source_is_dead,
         network,
-        planned: args.planned.then_some(Stop {
-            timeout: limit.unwrap_or(SHUTDOWN_TIMEOUT),
-            force: args.force_stop,
-        }),
+        planned: args.planned.then(|| args.stopping.stop()),
     };
     let context = app.transfer_context();
     let (replicas, policy) = args.chosen.find(app, &context).await?;
@@ -563,6 +612,51 @@ async fn fail_over(app: &App, args: Failover) -> Result<()> {
         }
         output::table_text(&table)
     })
+}
+
+async fn fail_back(app: &App, args: &Failback) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let (stop, discards) = (args.stopping.stop(), args.discard_diverged);
+    let mut vms = Vec::new();
+    for policy in &policies {
+        let replicas = Replicas::of_policy(&context, policy, &args.vms).await?;
+        let back = replicas.bring_back(&context, app.connect(), policy, stop, discards);
+        vms.extend(back.await);
+    }
+    for vm in &vms {
+        for warning in &vm.warnings {
+            app.warn(&format!("{}: {warning}", vm.vm));
+        }
+    }
+    let errors = vms
+        .iter()
+        .filter_map(|vm| Some((vm.vm.clone(), vm.error.as_ref()?)));
+    let failed = in_common(errors, vms.len());
+    report(
+        app,
+        "replicate-failback",
+        Returned { vms },
+        failed,
+        |what| {
+            let mut table = output::table(&["VM", "kept", "shipped", "down", "time", "result"]);
+            for vm in &what.vms {
+                let down = vm.down_seconds.map(|seconds| format!("{seconds:.1} s"));
+                table.add_row([
+                    output::printable(&vm.vm),
+                    vm.kept.clone().unwrap_or_default(),
+                    output::iec(vm.bytes_wire),
+                    down.unwrap_or_default(),
+                    format!("{:.1} s", vm.duration_seconds),
+                    vm.error
+                        .as_ref()
+                        .map_or("running", |error| error.code().name())
+                        .to_owned(),
+                ]);
+            }
+            output::table_text(&table)
+        },
+    )
 }
 
 async fn undo(app: &App, chosen: &Chosen) -> Result<()> {

@@ -10,7 +10,8 @@ use crate::history::{Begun, Recording};
 use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
-use crate::vm::failover::{self, FailoverRequest, FailoverResult, Planned, Role};
+use crate::vm::failback::{self, FailbackRequest, FailbackResult};
+use crate::vm::failover::{self, FailoverRequest, FailoverResult, Planned, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::replica;
 
@@ -37,15 +38,6 @@ pub struct How {
     pub network: NetworkConfig,
     /// Their sources are shut down, in so much time, and a last point is made.
     pub planned: Option<Stop>,
-}
-
-/// How a source is shut down.
-#[derive(Debug, Clone, Copy)]
-pub struct Stop {
-    /// How long its guest has.
-    pub timeout: Duration,
-    /// It is switched off after that.
-    pub force: bool,
 }
 
 impl Replicas {
@@ -125,8 +117,7 @@ impl Replicas {
             };
             let planned = policy.zip(how.planned).map(|(policy, stop)| Planned {
                 last: policy.request(vm),
-                shutdown_timeout: stop.timeout,
-                force_stop: stop.force,
+                stop,
             });
             let recording = Recording::begin(&Begun {
                 operation: "failover",
@@ -138,6 +129,38 @@ impl Replicas {
             });
             let planned = planned.as_ref();
             let mut result = failover::failover(context, connect, vm, &request, planned).await;
+            if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
+                result.warnings.push(error.one_line());
+            }
+            results.push(result);
+        }
+        results
+    }
+
+    /// Brings the VMs back to the source of their policy, one after the other. A failure is part of
+    /// each result, and keeps no other one from going.
+    pub async fn bring_back(
+        &self,
+        context: &Context,
+        connect: &str,
+        policy: &Policy,
+        stop: Stop,
+        discards: bool,
+    ) -> Vec<FailbackResult> {
+        let mut results = Vec::new();
+        for (vm, _) in &self.all {
+            let request = FailbackRequest {
+                replica: policy.request(vm),
+                stop,
+                discards,
+            };
+            let recording = Recording::begin(&Begun {
+                operation: "failback",
+                vm: Some(vm),
+                source: policy.destination.to_string(),
+                destination: policy.source.to_string(),
+            });
+            let mut result = Box::pin(failback::failback(context, connect, &request)).await;
             if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
                 result.warnings.push(error.one_line());
             }

@@ -20,7 +20,7 @@ use super::checks::{self, Connecting, Destination};
 use super::network::NetworkConfig;
 use super::obstacle::{Obstacle, Obstacles, to_error};
 use super::point::{Point, Points};
-use super::replica::{self, Replica, ReplicaRequest};
+use super::replica::{self, ReplicaRequest};
 use super::{naming, result::VmResult, state};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
@@ -56,10 +56,17 @@ pub struct FailoverRequest {
 pub struct Planned {
     /// The last run.
     pub last: ReplicaRequest,
-    /// How long the guest has to shut down.
-    pub shutdown_timeout: Duration,
-    /// It is switched off when it has not by then.
-    pub force_stop: bool,
+    /// How the source is shut down.
+    pub stop: Stop,
+}
+
+/// How a guest is shut down.
+#[derive(Debug, Clone, Copy)]
+pub struct Stop {
+    /// How long it has.
+    pub timeout: Duration,
+    /// It is switched off after that.
+    pub force: bool,
 }
 
 /// What became of one VM.
@@ -104,6 +111,15 @@ pub struct Role {
     pub since: Timestamp,
     /// Files outside of the replica that were made for it.
     made: Vec<String>,
+    /// The host that had it started it by itself, until a planned failover.
+    #[serde(default)]
+    pub(super) autostart: bool,
+    /// The point that holds what was on the disks of that host, once a failback has made it.
+    #[serde(default)]
+    pub(super) kept: Option<String>,
+    /// A failback was about to start the VM at its source: if it runs there, that one counts.
+    #[serde(default)]
+    pub(super) returning: bool,
 }
 
 /// Starts a VM from its replica. A failure is part of the result.
@@ -216,7 +232,7 @@ async fn start_planned(
     let ran = !domain.state.is_off();
     let done = async {
         if ran {
-            shut_down(context, &source, &uuid, &planned.last.vm, planned).await?;
+            shut_down(context, &source, &uuid, &planned.last.vm, planned.stop).await?;
         }
         let (last, _) = replica::refresh(context, connect, &planned.last).await;
         let VmResult {
@@ -236,11 +252,10 @@ async fn start_planned(
     let (vm, host) = (&planned.last.vm, source.host());
     let Err(error) = done else {
         if domain.autostart {
-            let disabled = source.virsh(&["autostart", "--disable", &uuid]).await;
+            let on = destination(context, connect, request).await?;
+            let disabled = no_longer_start(&source, &uuid, &on, &request.directory).await;
             result.warnings.push(match disabled {
-                Ok(_) => {
-                    format!("{vm} no longer starts with {host}: \"virsh autostart\" is for later")
-                }
+                Ok(()) => format!("{vm} no longer starts with {host}, until a failback"),
                 Err(why) => format!("{vm} still starts with {host}: {}", why.one_line()),
             });
         }
@@ -259,6 +274,26 @@ async fn start_planned(
     }
     source.virsh(&["start", &uuid]).await?;
     Err(error.with_note(format!("{vm} was started again on {host}")))
+}
+
+/// Has a source no longer start its VM by itself, and remembers that beside the replica.
+async fn no_longer_start(
+    source: &Hypervisor,
+    uuid: &str,
+    on: &Hypervisor,
+    directory: &str,
+) -> Result<()> {
+    source.virsh(&["autostart", "--disable", uuid]).await?;
+    match role(on, directory).await? {
+        None => Ok(()),
+        Some(role) => {
+            let role = Role {
+                autostart: true,
+                ..role
+            };
+            role.write(on, directory).await
+        }
+    }
 }
 
 /// The host of the replica.
@@ -294,16 +329,16 @@ async fn look_ahead(
 }
 
 /// Has a guest shut down, and waits for that.
-async fn shut_down(
+pub(super) async fn shut_down(
     context: &Context,
     source: &Hypervisor,
     uuid: &str,
     vm: &str,
-    planned: &Planned,
+    stop: Stop,
 ) -> Result<()> {
     // A guest that does not listen is no other than one that takes too long.
     let asked = source.virsh(&["shutdown", uuid]).await;
-    let deadline = Instant::now() + planned.shutdown_timeout;
+    let deadline = Instant::now() + stop.timeout;
     while Instant::now() < deadline {
         if source.state(uuid).await?.is_off() {
             return Ok(());
@@ -315,11 +350,11 @@ async fn shut_down(
             }
         }
     }
-    if planned.force_stop {
+    if stop.force {
         source.virsh(&["destroy", uuid]).await?;
         return Ok(());
     }
-    let limit = humantime::format_duration(planned.shutdown_timeout);
+    let limit = humantime::format_duration(stop.timeout);
     let message = format!(
         "{vm} on {} was asked to shut down, and runs after {limit}: it may yet do so",
         source.host()
@@ -353,8 +388,11 @@ async fn start(
         point: point.name.clone(),
         since: Timestamp::now(),
         made: point.made(&definition),
+        autostart: false,
+        kept: None,
+        returning: false,
     };
-    state::write_to(&on, &note(directory), &role).await?;
+    role.write(&on, directory).await?;
     let started = Box::pin(bring_up(&on, directory, &point, &definition)).await;
     if let Err(error) = started {
         return Err(match take_back(&on, directory, &role).await {
@@ -534,8 +572,14 @@ async fn bring_up(
     Ok(())
 }
 
+impl Role {
+    pub(super) async fn write(&self, on: &Hypervisor, directory: &str) -> Result<()> {
+        state::write_to(on, &note(directory), self).await
+    }
+}
+
 /// Removes all that a start has made, unless the VM runs.
-async fn take_back(on: &Hypervisor, directory: &str, role: &Role) -> Result<()> {
+pub(super) async fn take_back(on: &Hypervisor, directory: &str, role: &Role) -> Result<()> {
     let uuid = role.uuid.to_string();
     if let Some(domain) = on.find_domain(&uuid).await? {
         if !domain.state.is_off() {
@@ -548,26 +592,4 @@ async fn take_back(on: &Hypervisor, directory: &str, role: &Role) -> Result<()> 
     let live = replica::live(directory);
     let all = role.made.iter().cloned().chain([live, note(directory)]);
     on.host().remove(&all.collect::<Vec<_>>()).await
-}
-
-impl Replica {
-    /// Adds an obstacle when the replica is live: it would be overwritten. `runs`: so does its source.
-    pub(super) async fn check_role(&self, runs: bool, obstacles: &mut Obstacles) -> Result<()> {
-        let Some(role) = role(&self.on, &self.directory).await? else {
-            return Ok(());
-        };
-        let (vm, host, since) = (&role.vm, self.on.host(), role.since);
-        let live = format!("{vm} runs on {host} from its replica since {since}");
-        if runs {
-            let source = &role.source;
-            obstacles.refused(
-                format!("split brain: {live}, and on {source} as well"),
-                "switch one of the two off; nothing is overwritten on either side",
-            );
-        } else {
-            let undo = "\"kvm-clone-ctl replicate undo\" gives up what was written there";
-            obstacles.refused(format!("{live}, and would be overwritten"), undo);
-        }
-        Ok(())
-    }
 }

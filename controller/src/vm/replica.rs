@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::checks;
+use super::failover;
 use super::lineage::{self, Left};
 use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Version, Versions};
 use super::naming;
@@ -62,6 +63,15 @@ pub struct ReplicaRequest {
     pub bandwidth_limit: Option<u64>,
     /// What networks and bridges of the source are on the destination.
     pub networks: BTreeMap<String, String>,
+}
+
+/// What a run does about a replica that is live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// It is refused: the replica follows its source.
+    Follow,
+    /// It keeps what a source has that is off; what is live is another copy, and is not touched.
+    Keep,
 }
 
 /// How many disks are transferred at once.
@@ -112,10 +122,31 @@ pub async fn refresh(
     let mut result = VmResult::new("replicate", source, destination);
     result.vm.clone_from(&request.vm);
     result.target_vm.clone_from(&request.vm);
-    match Box::pin(run(context, connect, request, &mut result)).await {
+    let run = run(context, connect, request, Purpose::Follow, &mut result);
+    match Box::pin(run).await {
         Ok(point) => (result.ended(started, Ok(())), Some(point)),
         Err(error) => (result.ended(started, Err(error)), None),
     }
+}
+
+/// Keeps the disks of a source as a point that stays, while the VM runs from its replica.
+///
+/// # Errors
+/// As a run; refused, when the VM runs at its source.
+pub(super) async fn keep_source(
+    context: &Context,
+    connect: &str,
+    request: &ReplicaRequest,
+    warnings: &mut Vec<String>,
+) -> Result<Point> {
+    let (source, destination) = (request.source.to_string(), request.destination.to_string());
+    let mut result = VmResult::new("replicate", source, destination);
+    let run = run(context, connect, request, Purpose::Keep, &mut result);
+    let point = Box::pin(run).await;
+    warnings.append(&mut result.warnings);
+    let point = point?;
+    let on = context.host(&request.destination);
+    pin(&on, &request.directory, &point.name, true).await
 }
 
 /// The points of a replica.
@@ -306,6 +337,7 @@ async fn run(
     context: &Context,
     connect: &str,
     request: &ReplicaRequest,
+    purpose: Purpose,
     result: &mut VmResult,
 ) -> Result<Point> {
     let from = Hypervisor::new(context.host(&request.source), connect);
@@ -315,7 +347,7 @@ async fn run(
         on: to,
         directory: request.directory.clone(),
     };
-    let mut fit = Box::pin(prepare(&from, &replica, request, result)).await?;
+    let mut fit = Box::pin(prepare(&from, &replica, request, purpose, result)).await?;
     // Ahead of the instant that the disks are read as of: no point is taken for newer than it is.
     let now = Timestamp::now();
     let warnings = &mut result.warnings;
@@ -358,6 +390,7 @@ async fn prepare(
     from: &Hypervisor,
     replica: &Replica,
     request: &ReplicaRequest,
+    purpose: Purpose,
     result: &mut VmResult,
 ) -> Result<Fit> {
     let mut obstacles = Obstacles::default();
@@ -378,7 +411,7 @@ async fn prepare(
     let (host, directory) = (replica.on.host(), &replica.directory);
     let head = replica.read().await?;
     let runs = !source.domain.state.is_off();
-    replica.check_role(runs, &mut obstacles).await?;
+    replica.check_role(purpose, runs, &mut obstacles).await?;
     let uuid = source.domain.definition.uuid();
     if let Some(head) = head.as_ref().filter(|head| head.source_uuid != uuid) {
         obstacles.refused(
@@ -417,7 +450,7 @@ async fn prepare(
     let lock = lock(host, directory).await?;
     // A failover may have had it until now.
     let mut obstacles = Obstacles::default();
-    replica.check_role(runs, &mut obstacles).await?;
+    replica.check_role(purpose, runs, &mut obstacles).await?;
     if let Some(error) = to_error(&obstacles.into_found(), &what) {
         return Err(error);
     }
@@ -479,7 +512,7 @@ async fn copy(
 }
 
 /// UEFI variables and the state of the TPM, by their names in a point.
-async fn small_files(source: &Survey) -> Result<Vec<(String, Vec<u8>)>> {
+pub(super) async fn small_files(source: &Survey) -> Result<Vec<(String, Vec<u8>)>> {
     let directory = Hypervisor::tpm_directory(source.domain.definition.uuid());
     let tpm = source.tpm_files.iter();
     let tpm = tpm.map(|file| (format!("tpm/{file}"), naming::join(&directory, file)));
@@ -498,6 +531,32 @@ async fn small_files(source: &Survey) -> Result<Vec<(String, Vec<u8>)>> {
 }
 
 impl Replica {
+    /// Adds an obstacle when the replica is live: it would be overwritten. `runs`: so does its source.
+    async fn check_role(
+        &self,
+        purpose: Purpose,
+        runs: bool,
+        obstacles: &mut Obstacles,
+    ) -> Result<()> {
+        let Some(role) = failover::role(&self.on, &self.directory).await? else {
+            return Ok(());
+        };
+        let (vm, host, since) = (&role.vm, self.on.host(), role.since);
+        let live = format!("{vm} runs on {host} from its replica since {since}");
+        if runs {
+            let source = &role.source;
+            obstacles.refused(
+                format!("split brain: {live}, and on {source} as well"),
+                "switch one of the two off; nothing is overwritten on either side",
+            );
+        } else if purpose == Purpose::Follow {
+            let ways = "\"kvm-clone-ctl replicate failback\" brings it back; \"undo\" gives up what \
+                        was written there";
+            obstacles.refused(format!("{live}, and would be overwritten"), ways);
+        }
+        Ok(())
+    }
+
     fn points(&self) -> Points<'_> {
         Points::of(self.on.host(), &self.directory)
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_clone_tests::hypervisor::{Firmware, Vm, alone, mark, records, set_mark};
+use kvm_clone_tests::image::digest;
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::wait_for;
 use kvm_clone_tests::replication::{PLACE, Replication};
@@ -328,6 +329,30 @@ fn a_failback_brings_what_was_written_home_and_keeps_what_was_there() {
     shop.run_vm();
     let follows = shop.run(&["failback", "shop"]);
     follows.expect_failure(5, &["refused"], "is not live");
+    // A rehearsal beside its source that runs: nobody is told of the copy, and nothing is left of it.
+    let point = shop.points("busy").remove(0);
+    let disks = ["vda.raw", "vdb.raw", "vdc.raw"].map(|disk| shop.file(&point, disk));
+    let digests = |disks: &[PathBuf]| disks.iter().map(|disk| digest(disk)).collect::<Vec<_>>();
+    let before = digests(&disks);
+    let test = shop.run(&["test", "shop"]);
+    let tested = test.expect_json()["vms"][0].clone();
+    assert_eq!(tested["sign"], "agent", "{test}");
+    assert!(tested["rto_seconds"].as_f64() > Some(1.0), "{test}");
+    assert!(tested["rpo_seconds"].as_f64() > Some(1.0), "{test}");
+    assert_eq!(digests(&disks), before);
+    assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    let names = b.run(&["ls", &format!("{PLACE}/busy")]);
+    assert!(
+        !names
+            .lines()
+            .any(|name| name == "test" || name == "test.json"),
+        "{names}"
+    );
+    let networkless = "networks = { br0 = \"nowhere\" }\n";
+    shop.write(&format!("{policy}{networkless}"));
+    let refused = shop.run(&["test", "shop"]);
+    refused.expect_failure(8, &["missing_requirement"], "no network or bridge nowhere");
+    shop.write(&policy);
     let at_once = ["--shutdown-timeout", "1s", "--force-stop"];
     let planned = [&["failover", "shop", "--planned"], &at_once[..]].concat();
     shop.run(&planned).expect_code(0);
@@ -401,6 +426,12 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     }
     let points = shop.points("web");
     let first = points[0].rsplit('/').next().unwrap();
+    // A rehearsal has UEFI variables of its own.
+    let test = shop.run(&["test", "shop", "--point", first]);
+    let tested = test.expect_json()["vms"][0].clone();
+    assert_eq!(tested["sign"], "running", "{test}");
+    assert_eq!(tested["point"], first, "{test}");
+    assert_eq!(b.run(&["sh", "-c", "ls /var/lib/libvirt/qemu/nvram"]), "");
     a.run(&["ip", "link", "set", "eth0", "down"]);
     std::fs::remove_file(&shop.policies).unwrap();
     let from = format!("hvB:{PLACE}");

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use kvm_clone_tests::controller::Running;
 use kvm_clone_tests::hypervisor::{Hypervisor, MARK_BYTES, Site, Vm, set_mark};
-use kvm_clone_tests::image::{self, MIB, Piece};
-use kvm_clone_tests::process::{arguments, kill, tool};
+use kvm_clone_tests::image::{self, MIB, Piece, digest};
+use kvm_clone_tests::process::{arguments, kill};
 
 /// Bytes that change from version to version, at the start of each disk: enough for applying them
 /// to take a while.
@@ -113,10 +113,6 @@ impl Disk {
             panic!("{} is a mixture", self.destination.display())
         }
     }
-}
-
-fn digest(path: &Path) -> String {
-    tool("md5sum", [path])[..32].to_owned()
 }
 
 /// Both disks of a VM that follows another.

@@ -13,6 +13,7 @@ use crate::transfer::Context;
 use crate::vm::failback::{self, FailbackRequest, FailbackResult};
 use crate::vm::failover::{self, FailoverRequest, FailoverResult, Planned, Role, Stop};
 use crate::vm::network::NetworkConfig;
+use crate::vm::rehearsal::{RehearsalRequest, RehearsalResult, rehearse};
 use crate::vm::replica;
 
 /// How long a guest has to shut down, unless the user says otherwise.
@@ -100,13 +101,11 @@ impl Replicas {
     ) -> Vec<FailoverResult> {
         let mut results = Vec::new();
         for (vm, directory) in &self.all {
-            let mut network = how.network.clone();
-            for (old, new) in policy.iter().flat_map(|policy| &policy.networks) {
-                network
-                    .map
-                    .entry(old.clone())
-                    .or_insert_with(|| new.clone());
-            }
+            let network = how.network.clone();
+            let network = match policy {
+                Some(policy) => policy.network_config(network),
+                None => network,
+            };
             let request = FailoverRequest {
                 source: policy.map(|policy| policy.source.clone()),
                 destination: self.destination.clone(),
@@ -161,6 +160,40 @@ impl Replicas {
                 destination: policy.source.to_string(),
             });
             let mut result = Box::pin(failback::failback(context, connect, &request)).await;
+            if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
+                result.warnings.push(error.one_line());
+            }
+            results.push(result);
+        }
+        results
+    }
+
+    /// Rehearses the failover of each VM, one after the other. A failure is part of each result.
+    pub async fn rehearse(
+        &self,
+        context: &Context,
+        connect: &str,
+        policy: &Policy,
+        point: Option<&str>,
+        limit: Duration,
+    ) -> Vec<RehearsalResult> {
+        let mut results = Vec::new();
+        for (vm, directory) in &self.all {
+            let request = RehearsalRequest {
+                destination: self.destination.clone(),
+                directory: directory.clone(),
+                point: point.map(str::to_owned),
+                networks: policy.network_config(NetworkConfig::default()),
+                isolated: policy.test_network.clone(),
+                limit,
+            };
+            let recording = Recording::begin(&Begun {
+                operation: "replicate-test",
+                vm: Some(vm),
+                source: policy.source.to_string(),
+                destination: self.destination.to_string(),
+            });
+            let mut result = Box::pin(rehearse(context, connect, vm, &request)).await;
             if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
                 result.warnings.push(error.one_line());
             }

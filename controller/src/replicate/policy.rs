@@ -17,6 +17,7 @@ use super::schedule::Schedule;
 use crate::cli::options::{Rate, Space};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
+use crate::vm::network::NetworkConfig;
 use crate::vm::replica::{self, ReplicaRequest};
 use crate::vm::{LiveChoice, Quiesce};
 
@@ -148,6 +149,8 @@ pub struct Policy {
     pub min_free: u64,
     /// What networks and bridges of the source are on the destination.
     pub networks: BTreeMap<String, String>,
+    /// What VMs are connected to when their failover is tested; to nothing, without one.
+    pub test_network: Option<String>,
 }
 
 /// A part of some days of the week; one that begins later than it ends goes over midnight, and
@@ -214,6 +217,7 @@ struct Written {
     min_free: Option<Spanned<String>>,
     #[serde(default)]
     networks: BTreeMap<String, String>,
+    test_network: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -473,6 +477,7 @@ impl Reader<'_> {
             quiesce: quiesce.unwrap_or_default(),
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
             networks: written.networks.clone(),
+            test_network: written.test_network.clone(),
             min_free: min_free.map_or(MIN_FREE, |Space(bytes)| bytes),
         })
     }
@@ -686,6 +691,15 @@ impl Policy {
             bandwidth_limit: self.bandwidth_limit,
             networks: self.networks.clone(),
         }
+    }
+
+    /// How its VMs are connected at the destination, where `network` does not say otherwise.
+    pub fn network_config(&self, mut network: NetworkConfig) -> NetworkConfig {
+        for (old, new) in &self.networks {
+            let entry = network.map.entry(old.clone());
+            entry.or_insert_with(|| new.clone());
+        }
+        network
     }
 
     /// Whether it does not run by itself at an instant.

@@ -25,7 +25,7 @@ use super::{naming, result::VmResult, state};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
-use crate::libvirt::definition::Definition;
+use crate::libvirt::definition::{Definition, Edit};
 use crate::transfer::Context;
 
 /// The version of the format of `role.json`.
@@ -316,7 +316,8 @@ async fn look_ahead(
     result: &mut FailoverResult,
 ) -> Result<()> {
     let on = destination(context, connect, request).await?;
-    let Ok(point) = choose(&on, request).await else {
+    let wanted = request.point.as_deref();
+    let Ok(point) = choose(&on, &request.directory, wanted).await else {
         return Ok(());
     };
     let request = FailoverRequest {
@@ -376,7 +377,7 @@ async fn start(
 ) -> Result<()> {
     let on = destination(context, connect, request).await?;
     let directory = &request.directory;
-    let point = choose(&on, request).await?;
+    let point = choose(&on, directory, request.point.as_deref()).await?;
     result.vm.clone_from(&point.manifest.vm);
     let lock = replica::lock(on.host(), directory).await?;
     let definition = prepare(context, connect, &on, request, &point, result).await?;
@@ -411,16 +412,15 @@ async fn start(
     lock.end().await
 }
 
-/// The point that is wanted.
-async fn choose(on: &Hypervisor, request: &FailoverRequest) -> Result<Point> {
-    let (host, directory) = (on.host(), &request.directory);
+/// The newest point, or the newest that is not newer than one of this name.
+pub(super) async fn choose(
+    on: &Hypervisor,
+    directory: &str,
+    wanted: Option<&str>,
+) -> Result<Point> {
+    let host = on.host();
     let listed = Points::of(host, directory).list().await?;
-    let is_wanted = |point: &Point| {
-        request
-            .point
-            .as_ref()
-            .is_none_or(|name| point.name <= *name)
-    };
+    let is_wanted = |point: &Point| wanted.is_none_or(|name| point.name.as_str() <= name);
     let mut names: Vec<String> = listed
         .points
         .iter()
@@ -429,7 +429,7 @@ async fn choose(on: &Hypervisor, request: &FailoverRequest) -> Result<Point> {
     let chosen = listed.points.into_iter().rfind(is_wanted);
     chosen.ok_or_else(|| {
         names.extend(listed.strange);
-        let message = match &request.point {
+        let message = match wanted {
             Some(name) => format!("{directory} on {host} has no point as old as {name}"),
             None => format!("{directory} on {host} has no point"),
         };
@@ -473,34 +473,18 @@ async fn prepare(
             "undefine it there if it is of no use",
         );
     }
-    let path = naming::join(&point.path, "domain.xml");
-    let text = host.read_file(&path).await?.unwrap_or_default();
-    let definition = Definition::parse(String::from_utf8_lossy(&text).into_owned())?;
+    let definition = definition_of(on, point).await?;
     let warnings = &mut result.warnings;
     checks::equipment(&definition, &destination, true, &mut obstacles, warnings).await?;
-    let mut network = request.network.clone();
-    for (old, new) in &point.manifest.networks {
-        network
-            .map
-            .entry(old.clone())
-            .or_insert_with(|| new.clone());
-    }
-    let connecting = Connecting {
+    let network = with_manifest(&request.network, point);
+    let edits = connected(
+        &definition,
+        &destination,
+        &network,
         vm,
-        to: &destination,
-        starts: true,
-    };
-    let mut edits = Vec::new();
-    for (index, interface) in definition.interfaces().iter().enumerate() {
-        let wanted = network.target(interface);
-        edits.extend(connecting.connect(
-            index,
-            &interface.source,
-            wanted,
-            &mut obstacles,
-            warnings,
-        ));
-    }
+        &mut obstacles,
+        warnings,
+    );
     if !request.source_is_dead {
         check_source(context, connect, request, point, &mut obstacles).await;
     }
@@ -510,6 +494,47 @@ async fn prepare(
         return Err(error);
     }
     definition.edited(&edits)
+}
+
+/// The definition that a point holds.
+pub(super) async fn definition_of(on: &Hypervisor, point: &Point) -> Result<Definition> {
+    let path = naming::join(&point.path, "domain.xml");
+    let text = on.host().read_file(&path).await?.unwrap_or_default();
+    Definition::parse(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// What the user says of networks, and else what the point does.
+pub(super) fn with_manifest(network: &NetworkConfig, point: &Point) -> NetworkConfig {
+    let mut network = network.clone();
+    for (old, new) in &point.manifest.networks {
+        network
+            .map
+            .entry(old.clone())
+            .or_insert_with(|| new.clone());
+    }
+    network
+}
+
+/// The changes that connect a VM there.
+pub(super) fn connected(
+    definition: &Definition,
+    to: &Destination,
+    network: &NetworkConfig,
+    vm: &str,
+    obstacles: &mut Obstacles,
+    warnings: &mut Vec<String>,
+) -> Vec<Edit> {
+    let connecting = Connecting {
+        vm,
+        to,
+        starts: true,
+    };
+    let interfaces = definition.interfaces().iter().enumerate();
+    let edits = interfaces.filter_map(|(index, interface)| {
+        let wanted = network.target(interface);
+        connecting.connect(index, &interface.source, wanted, obstacles, warnings)
+    });
+    edits.collect()
 }
 
 /// A source that is not known to be off counts as running.

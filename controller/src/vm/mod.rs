@@ -32,6 +32,7 @@ pub mod point;
 mod record;
 pub mod recover;
 mod reference;
+pub mod rehearsal;
 pub mod replica;
 pub mod result;
 mod space;

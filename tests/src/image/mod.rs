@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::LazyLock;
 
+use crate::process::tool;
+
 mod difference;
 
 pub use difference::{
@@ -67,6 +69,12 @@ pub fn overwrite(path: &Path, pieces: &[Piece]) {
     let file = open_write(path);
     fill(&file, pieces);
     file.sync_all().expect("an image is synced");
+}
+
+/// A digest of all that a file holds.
+#[must_use]
+pub fn digest(path: &Path) -> String {
+    tool("md5sum", [path])[..32].to_owned()
 }
 
 fn fill(file: &File, pieces: &[Piece]) {

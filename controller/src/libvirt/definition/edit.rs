@@ -30,6 +30,11 @@ pub enum Edit {
         /// What it is connected to.
         source: InterfaceSource,
     },
+    /// Connected as before, by a cable that is unplugged.
+    LinkDown {
+        /// Which interface.
+        interface: usize,
+    },
     /// Contents from elsewhere; from nowhere, for a drive.
     DiskSource {
         /// Which disk.
@@ -103,6 +108,7 @@ fn make(domain: Node<'_, '_>, edit: &Edit, splices: &mut Splices<'_>) -> Option<
             interface: index,
             source,
         } => connect(interface(index)?, source, splices)?,
+        Edit::LinkDown { interface: index } => unplug(interface(index)?, splices)?,
         Edit::DiskSource {
             disk: index,
             source: DiskSource::None,
@@ -210,6 +216,14 @@ fn connect(interface: Node<'_, '_>, to: &InterfaceSource, splices: &mut Splices<
         ),
         InterfaceSource::Other(_) => None,
     }
+}
+
+fn unplug(interface: Node<'_, '_>, splices: &mut Splices<'_>) -> Option<()> {
+    match child(interface, "link").and_then(|link| link.attribute_node("state")) {
+        Some(state) => splices.set_value(&state, "down"),
+        None => splices.insert_after(elements(interface).last()?, "<link state='down'/>"),
+    }
+    Some(())
 }
 
 fn set_source(disk: Node<'_, '_>, to: &DiskSource, splices: &mut Splices<'_>) -> Option<()> {

@@ -48,6 +48,7 @@ struct Values {
     shared_directories: Vec<SharedDirectory>,
     host_paths: Vec<HostPath>,
     has_genid: bool,
+    has_guest_agent: bool,
 }
 
 /// What the domain's firmware is.
@@ -228,6 +229,11 @@ impl Definition {
     pub fn has_genid(&self) -> bool {
         self.values.has_genid
     }
+
+    /// Whether there is a channel to QEMU's agent in the guest.
+    pub fn has_guest_agent(&self) -> bool {
+        self.values.has_guest_agent
+    }
 }
 
 impl Values {
@@ -272,6 +278,9 @@ impl Values {
                 .collect(),
             host_paths: host_paths(domain),
             has_genid: child(domain, "genid").is_some(),
+            has_guest_agent: of_devices(domain, "channel")
+                .filter_map(|channel| child(channel, "target"))
+                .any(|target| target.attribute("name") == Some("org.qemu.guest_agent.0")),
         })
     }
 }

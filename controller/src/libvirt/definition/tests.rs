@@ -45,6 +45,11 @@ fn each_edit_changes_its_own_place_only() {
             "<mac address='52:54:00:01:02:03'/><source network=",
         ),
         (
+            Edit::LinkDown { interface: 0 },
+            "</interface>",
+            "<link state='down'/></interface>",
+        ),
+        (
             Edit::Nvram("/n".into()),
             "hvm</type>",
             "hvm</type>\r\n    <nvram>/n</nvram>",

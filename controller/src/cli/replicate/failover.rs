@@ -1,0 +1,298 @@
+//! `replicate test`, `failover`, `failback` and `undo`: VMs that run from their replicas.
+
+use std::ffi::OsString;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{App, Ended, File, ended, report, result_of, span};
+use crate::cli::options::TimeLimit;
+use crate::endpoint::DiskSpec;
+use crate::error::{Error, Result};
+use crate::output;
+use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT};
+use crate::replicate::policy::Policy;
+use crate::transfer::Context;
+use crate::vm::failback::FailbackResult;
+use crate::vm::failover::{FailoverResult, Role, Stop};
+use crate::vm::network::NetworkConfig;
+use crate::vm::rehearsal::{RehearsalResult, Sign};
+
+/// Which replicas are meant.
+#[derive(Debug, Args)]
+struct Chosen {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY", required_unless_present = "from")]
+    policy: Option<String>,
+    /// Only this VM; may be repeated
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// The replicas in this directory, or the one that it is, whatever has become of source and
+    /// policy
+    #[arg(long, value_name = "HOST:DIR", conflicts_with = "policy")]
+    from: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Failover {
+    #[command(flatten)]
+    chosen: Chosen,
+    /// The newest points that are not newer than this one [default: the newest]
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
+    /// Shut the VMs down at their source first, and make last points: nothing is lost
+    #[arg(long, conflicts_with_all = ["from", "point", "source_is_dead"])]
+    planned: bool,
+    #[command(flatten)]
+    stopping: Stopping,
+    /// The VMs do not run at their source, and will not: I have made sure of that
+    #[arg(long)]
+    source_is_dead: bool,
+    /// Connect interfaces of network or bridge OLD to NEW; may be repeated
+    #[arg(long, value_name = "OLD=NEW")]
+    network_map: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Test {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// Only this VM; may be repeated
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// The newest points that are not newer than this one [default: the newest]
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
+    /// How long a guest has to show a sign of life
+    #[arg(long, value_name = "DURATION", default_value = "5m")]
+    limit: TimeLimit,
+}
+
+/// How guests are shut down.
+#[derive(Debug, Args)]
+struct Stopping {
+    /// How long a guest has to shut down [default: 5m]
+    #[arg(long, value_name = "DURATION")]
+    shutdown_timeout: Option<TimeLimit>,
+    /// Switch a guest off that has not shut down by then
+    #[arg(long)]
+    force_stop: bool,
+}
+
+impl Stopping {
+    fn stop(&self) -> Stop {
+        let limit = self.shutdown_timeout.as_ref();
+        Stop {
+            timeout: limit.map_or(SHUTDOWN_TIMEOUT, |TimeLimit(limit)| *limit),
+            force: self.force_stop,
+        }
+    }
+
+    /// Whether anything is said of it.
+    fn is_given(&self) -> bool {
+        self.shutdown_timeout.is_some() || self.force_stop
+    }
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Failback {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// Only this VM; may be repeated
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// Overwrite what is on the source's disks, and do not keep it as a point first
+    #[arg(long)]
+    discard_diverged: bool,
+    #[command(flatten)]
+    stopping: Stopping,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Undo {
+    #[command(flatten)]
+    chosen: Chosen,
+}
+
+#[derive(Debug, Serialize)]
+struct Started {
+    vms: Vec<FailoverResult>,
+}
+
+#[derive(Debug, Serialize)]
+struct Tested {
+    vms: Vec<RehearsalResult>,
+}
+
+#[derive(Debug, Serialize)]
+struct Returned {
+    vms: Vec<FailbackResult>,
+}
+
+#[derive(Debug, Serialize)]
+struct Undone {
+    undone: Vec<Role>,
+}
+
+impl Chosen {
+    /// Looks for them, and gives the policy that they are of.
+    async fn find(&self, app: &App, context: &Context) -> Result<(Replicas, Option<Policy>)> {
+        if let Some(from) = &self.from {
+            let from = DiskSpec::parse(from)?;
+            let directory = from.path().and_then(|path| path.to_str()).ok_or_else(|| {
+                Error::usage(format!(
+                    "--from {from}: expected HOST:DIR with an absolute path"
+                ))
+            })?;
+            let host = from.host.clone();
+            let replicas = Replicas::in_directory(context, host, directory, &self.vms).await?;
+            return Ok((replicas, None));
+        }
+        let names: Vec<String> = self.policy.iter().cloned().collect();
+        let policy = self.file.load(app, &names)?.into_iter().next();
+        let policy = policy.ok_or_else(|| Error::usage("a policy, or --from, is needed"))?;
+        let replicas = Replicas::of_policy(context, &policy, &self.vms).await?;
+        Ok((replicas, Some(policy)))
+    }
+}
+
+pub(super) async fn test(app: &App, args: &Test) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let (point, TimeLimit(limit)) = (args.point.as_deref(), args.limit);
+    let mut vms = Vec::new();
+    for policy in &policies {
+        let replicas = Replicas::of_policy(&context, policy, &args.vms).await?;
+        let tested = replicas.rehearse(&context, app.connect(), policy, point, limit);
+        vms.extend(tested.await);
+    }
+    let each = vms.iter().map(|vm| Ended {
+        vm: &vm.vm,
+        warnings: &vm.warnings,
+        error: vm.error.as_ref(),
+    });
+    let failed = ended(app, each);
+    report(app, "replicate-test", Tested { vms }, failed, |what| {
+        let header = ["VM", "point", "loses", "takes", "sign of life", "result"];
+        let mut table = output::table(&header);
+        for vm in &what.vms {
+            let seconds = |seconds: Option<f64>| seconds.map(|seconds| format!("{seconds:.1} s"));
+            table.add_row([
+                output::printable(&vm.vm),
+                vm.point.clone().unwrap_or_default(),
+                seconds(vm.rpo_seconds).unwrap_or_default(),
+                seconds(vm.rto_seconds).unwrap_or_default(),
+                vm.sign.map_or("", Sign::name).to_owned(),
+                result_of(vm.error.as_ref(), "well"),
+            ]);
+        }
+        output::table_text(&table)
+    })
+}
+
+pub(super) async fn fail_over(app: &App, args: Failover) -> Result<()> {
+    let mut network = NetworkConfig::default();
+    for rule in &args.network_map {
+        network.add(rule)?;
+    }
+    if args.stopping.is_given() && !args.planned {
+        let message =
+            "--shutdown-timeout and --force-stop are about the source of a planned failover";
+        return Err(Error::usage(message).hint("add --planned, or leave them out"));
+    }
+    let how = How {
+        point: args.point,
+        source_is_dead: args.source_is_dead,
+        network,
+        planned: args.planned.then(|| args.stopping.stop()),
+    };
+    let context = app.transfer_context();
+    let (replicas, policy) = args.chosen.find(app, &context).await?;
+    let vms = replicas
+        .start(&context, app.connect(), policy.as_ref(), &how)
+        .await;
+    let each = vms.iter().map(|vm| Ended {
+        vm: &vm.vm,
+        warnings: &vm.warnings,
+        error: vm.error.as_ref(),
+    });
+    let failed = ended(app, each);
+    report(app, "replicate-failover", Started { vms }, failed, |what| {
+        let mut table = output::table(&["VM", "point", "age", "time", "result"]);
+        for vm in &what.vms {
+            table.add_row([
+                output::printable(&vm.vm),
+                vm.point.clone().unwrap_or_default(),
+                vm.age_seconds.map(span).unwrap_or_default(),
+                format!("{:.1} s", vm.duration_seconds),
+                result_of(vm.error.as_ref(), "running"),
+            ]);
+        }
+        output::table_text(&table)
+    })
+}
+
+pub(super) async fn fail_back(app: &App, args: &Failback) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let (stop, discards) = (args.stopping.stop(), args.discard_diverged);
+    let mut vms = Vec::new();
+    for policy in &policies {
+        let replicas = Replicas::of_policy(&context, policy, &args.vms).await?;
+        let back = replicas.bring_back(&context, app.connect(), policy, stop, discards);
+        vms.extend(back.await);
+    }
+    let each = vms.iter().map(|vm| Ended {
+        vm: &vm.vm,
+        warnings: &vm.warnings,
+        error: vm.error.as_ref(),
+    });
+    let failed = ended(app, each);
+    report(
+        app,
+        "replicate-failback",
+        Returned { vms },
+        failed,
+        |what| {
+            let mut table = output::table(&["VM", "kept", "shipped", "down", "time", "result"]);
+            for vm in &what.vms {
+                let down = vm.down_seconds.map(|seconds| format!("{seconds:.1} s"));
+                table.add_row([
+                    output::printable(&vm.vm),
+                    vm.kept.clone().unwrap_or_default(),
+                    output::iec(vm.bytes_wire),
+                    down.unwrap_or_default(),
+                    format!("{:.1} s", vm.duration_seconds),
+                    vm.error
+                        .as_ref()
+                        .map_or("running", |error| error.code().name())
+                        .to_owned(),
+                ]);
+            }
+            output::table_text(&table)
+        },
+    )
+}
+
+pub(super) async fn undo(app: &App, args: &Undo) -> Result<()> {
+    let context = app.transfer_context();
+    let (replicas, _) = args.chosen.find(app, &context).await?;
+    let undone = replicas.undo(&context, app.connect()).await?;
+    report(app, "replicate-undo", Undone { undone }, None, |what| {
+        let lines = what.undone.iter();
+        let lines = lines.map(|role| format!("{} follows {} again\n", role.vm, role.source));
+        let text: String = lines.collect();
+        match text.is_empty() {
+            true => "nothing is live\n".to_owned(),
+            false => text,
+        }
+    })
+}

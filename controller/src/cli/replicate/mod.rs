@@ -1,0 +1,171 @@
+//! `replicate`: policies, their runs, and what came of them.
+
+mod failover;
+mod points;
+mod policies;
+mod run;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use jiff::SignedDuration;
+use serde::Serialize;
+
+use super::{App, together};
+use crate::error::{Error, ErrorCode, Result};
+use crate::output;
+use crate::replicate::policy::{self, Policy};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Write a file of policies, with every key and a comment on each
+    Init(File),
+    /// Look at the policies and at their hosts, and say what is in the way
+    Check(Named),
+    /// Make new points of VMs, and remove those that need not stay
+    Run(run::Run),
+    /// Make new points as they come due, until it is stopped; SIGHUP has it read the policies again
+    Daemon(run::Daemon),
+    /// Write units for systemd: the daemon, or a timer for "run --due"
+    Systemd(policies::Systemd),
+    /// List the points that there are
+    Points(Named),
+    /// Say how old the newest points are, against what was promised
+    Status(points::Status),
+    /// Have a point stay whatever its policy keeps
+    Pin(points::Pin),
+    /// Boot copies of points where nobody reaches them, and say how long a failover takes and what it loses
+    Test(failover::Test),
+    /// Start VMs from their points, where those are; nothing is replicated over them from then on
+    Failover(Box<failover::Failover>),
+    /// Bring VMs that run from their replicas back to their source, with what they wrote
+    Failback(failover::Failback),
+    /// Take back failovers whose VMs are off: they are undefined there, and what they wrote is lost
+    Undo(failover::Undo),
+}
+
+/// The file of policies.
+#[derive(Debug, Args)]
+pub(super) struct File {
+    /// File of policies [default: replication.toml beside the configuration file]
+    #[arg(long, value_name = "FILE")]
+    policies: Option<PathBuf>,
+}
+
+/// Policies of the file.
+#[derive(Debug, Args)]
+pub(super) struct Named {
+    #[command(flatten)]
+    file: File,
+    /// Policies [default: all]
+    #[arg(value_name = "POLICY")]
+    names: Vec<String>,
+}
+
+/// What scripts get.
+#[derive(Debug, Serialize)]
+struct Report<T> {
+    operation: &'static str,
+    success: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Error>,
+    #[serde(flatten)]
+    what: T,
+}
+
+pub(super) async fn run(app: &App, command: Command) -> Result<()> {
+    match command {
+        Command::Init(file) => policies::init(&file.path(app)),
+        Command::Check(named) => policies::check_policies(app, &named).await,
+        Command::Run(args) => run::run_policies(app, args).await,
+        Command::Daemon(args) => run::daemon(app, &args).await,
+        Command::Systemd(args) => policies::systemd(app, &args),
+        Command::Points(named) => points::points(app, &named).await,
+        Command::Status(args) => points::show_status(app, &args).await,
+        Command::Pin(args) => points::pin(app, &args).await,
+        Command::Test(args) => failover::test(app, &args).await,
+        Command::Failover(args) => failover::fail_over(app, *args).await,
+        Command::Failback(args) => failover::fail_back(app, &args).await,
+        Command::Undo(args) => failover::undo(app, &args).await,
+    }
+}
+
+impl File {
+    fn path(&self, app: &App) -> PathBuf {
+        let beside = || app.config_file.path().with_file_name("replication.toml");
+        self.policies.clone().unwrap_or_else(beside)
+    }
+
+    /// Those of these names; all, without any.
+    fn load(&self, app: &App, names: &[String]) -> Result<Vec<Policy>> {
+        let path = self.path(app);
+        let all = policy::load(&path)?.all;
+        for name in names {
+            if !all.iter().any(|policy| policy.name == *name) {
+                let has: Vec<&str> = all.iter().map(|policy| policy.name.as_str()).collect();
+                let message = format!("{} has no policy \"{name}\"", path.display());
+                return Err(Error::new(ErrorCode::NotFound, message)
+                    .hint(format!("its policies are: {}", has.join(", "))));
+            }
+        }
+        let wanted = |policy: &Policy| names.is_empty() || names.contains(&policy.name);
+        Ok(all.into_iter().filter(wanted).collect())
+    }
+}
+
+/// One error for all VMs of so many that failed.
+fn in_common<'a>(failed: impl Iterator<Item = (String, &'a Error)>, vms: usize) -> Option<Error> {
+    let failed: Vec<(String, &Error)> = failed.collect();
+    let (_, first) = failed.first()?;
+    if vms == 1 {
+        return Some(first.like());
+    }
+    Some(together(ErrorCode::Partial, &failed, vms, "VMs"))
+}
+
+/// A duration for people.
+fn span(seconds: i64) -> String {
+    format!("{:#}", SignedDuration::from_secs(seconds))
+}
+
+/// What one of several VMs came to.
+struct Ended<'a> {
+    vm: &'a str,
+    warnings: &'a [String],
+    error: Option<&'a Error>,
+}
+
+/// Tells all warnings, and gives one error for those that failed.
+fn ended<'a>(app: &App, all: impl Iterator<Item = Ended<'a>>) -> Option<Error> {
+    let all: Vec<Ended<'_>> = all.collect();
+    for each in &all {
+        for warning in each.warnings {
+            app.warn(&format!("{}: {warning}", each.vm));
+        }
+    }
+    let failed = all.iter();
+    let failed = failed.filter_map(|each| Some((each.vm.to_owned(), each.error?)));
+    in_common(failed, all.len())
+}
+
+fn result_of(error: Option<&Error>, well: &str) -> String {
+    error.map_or(well, |error| error.code().name()).to_owned()
+}
+
+/// Prints the answer, also of a failure, and ends with that.
+fn report<T: Serialize>(
+    app: &App,
+    operation: &'static str,
+    what: T,
+    error: Option<Error>,
+    text: impl FnOnce(&T) -> String,
+) -> Result<()> {
+    let mut report = Report {
+        operation,
+        success: error.is_none(),
+        error,
+        what,
+    };
+    output::print(&report, app.format(), || text(&report.what))?;
+    report.error.take().map_or(Ok(()), Err)
+}

@@ -1,0 +1,150 @@
+//! `replicate status`, `points` and `pin`: what there is, and how old it is.
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{App, File, Named, report, span};
+use crate::error::{Error, ErrorCode, Result};
+use crate::output;
+use crate::replicate::status::{VmStatus, status};
+use crate::vm::point::Point;
+use crate::vm::replica;
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Status {
+    #[command(flatten)]
+    named: Named,
+    /// End with exit status 1 when a promise is not kept
+    #[arg(long)]
+    exit_code: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Pin {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// VM
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Point, as "points" shows it
+    #[arg(value_name = "POINT")]
+    point: String,
+    /// Let it go again
+    #[arg(long)]
+    off: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Pinned {
+    points: Vec<Point>,
+}
+
+#[derive(Debug, Serialize)]
+struct Vms {
+    vms: Vec<VmStatus>,
+}
+
+async fn look(app: &App, named: &Named) -> Result<Vec<VmStatus>> {
+    let context = app.transfer_context();
+    let (mut vms, mut warnings) = (Vec::new(), Vec::new());
+    for policy in named.file.load(app, &named.names)? {
+        vms.extend(status(&context, app.connect(), &policy, &mut warnings).await?);
+    }
+    for warning in &warnings {
+        app.warn(warning);
+    }
+    Ok(vms)
+}
+
+pub(super) async fn points(app: &App, named: &Named) -> Result<()> {
+    let vms = look(app, named).await?;
+    report(app, "replicate-points", Vms { vms }, None, |what| {
+        point_table(&what.vms)
+    })
+}
+
+pub(super) async fn pin(app: &App, args: &Pin) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let mut points = Vec::new();
+    for policy in &policies {
+        let on = context.host(&policy.destination);
+        let directory = policy.directory_of(&args.vm);
+        points.push(replica::pin(&on, &directory, &args.point, !args.off).await?);
+    }
+    report(app, "replicate-pin", Pinned { points }, None, |what| {
+        let points = what.points.iter();
+        let said = points.map(|point| match point.pinned {
+            true => format!("{} of {} stays\n", point.name, point.manifest.vm),
+            false => format!(
+                "{} of {} goes when its time comes\n",
+                point.name, point.manifest.vm
+            ),
+        });
+        said.collect()
+    })
+}
+
+pub(super) async fn show_status(app: &App, args: &Status) -> Result<()> {
+    let vms = look(app, &args.named).await?;
+    let not_kept = vms.iter().filter(|vm| !vm.state.is_well()).count();
+    let failed = (args.exit_code && not_kept > 0).then(|| {
+        let message = format!("of {not_kept} of {} VMs the promise is not kept", vms.len());
+        Error::new(ErrorCode::Partial, message)
+    });
+    report(app, "replicate-status", Vms { vms }, failed, |what| {
+        status_table(&what.vms)
+    })
+}
+
+fn point_table(vms: &[VmStatus]) -> String {
+    let mut table = output::table(&[
+        "policy",
+        "VM",
+        "point",
+        "consistency",
+        "pinned",
+        "directory",
+    ]);
+    for vm in vms {
+        for point in &vm.points {
+            table.add_row([
+                vm.policy.clone(),
+                output::printable(&vm.vm),
+                point.name.clone(),
+                point.manifest.consistency.name().to_owned(),
+                if point.pinned { "yes" } else { "no" }.to_owned(),
+                point.path.clone(),
+            ]);
+        }
+    }
+    output::table_text(&table)
+}
+
+fn status_table(vms: &[VmStatus]) -> String {
+    let mut table = output::table(&[
+        "policy",
+        "VM",
+        "newest point",
+        "age",
+        "RPO",
+        "points",
+        "state",
+    ]);
+    for vm in vms {
+        let newest = vm.points.last().map(|point| point.name.clone());
+        table.add_row([
+            vm.policy.clone(),
+            output::printable(&vm.vm),
+            newest.unwrap_or_default(),
+            vm.age_seconds.map(span).unwrap_or_default(),
+            span(vm.rpo_seconds),
+            vm.points.len().to_string(),
+            vm.state.name().to_owned(),
+        ]);
+    }
+    output::table_text(&table)
+}

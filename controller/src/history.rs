@@ -88,6 +88,10 @@ pub struct Filter {
     pub failed: bool,
     /// Only those about this VM.
     pub vm: Option<String>,
+    /// Only those of this kind.
+    pub operation: Option<&'static str>,
+    /// Only those that began then or later.
+    pub since: Option<Timestamp>,
 }
 
 impl History {
@@ -134,8 +138,19 @@ impl History {
     pub fn list(&self, filter: &Filter) -> Result<Vec<Record>> {
         let sql = "SELECT began_at, operation, vm, source, destination, success, result FROM run
                    WHERE (?1 IS NULL OR vm = ?1) AND (NOT ?2 OR success IS NOT 1)
-                   ORDER BY id DESC LIMIT ?3";
-        let values = params![filter.vm, filter.failed, filter.limit];
+                   AND (?3 IS NULL OR operation = ?3) AND (?4 IS NULL OR began_at >= ?4)
+                   ORDER BY id DESC LIMIT ?5";
+        // Times are compared as text up to their seconds.
+        let since = filter
+            .since
+            .map(|since| since.strftime("%Y-%m-%dT%H:%M:%S").to_string());
+        let values = params![
+            filter.vm,
+            filter.failed,
+            filter.operation,
+            since,
+            filter.limit
+        ];
         self.0.rows(sql, values, record)
     }
 }

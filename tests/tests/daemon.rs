@@ -3,9 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::print_stdout, reason = "the figures of a campaign")]
 
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use kvm_clone_tests::controller::{Controller, Running, binary};
@@ -180,6 +183,12 @@ fn a_promise_is_kept_and_each_mishap_is_one_alarm_after_which_all_is_as_before()
         || drop(b.run(&["rm", "/var/lib/libvirt/images/full"])),
     );
 
+    let page = watched.shop.site.controller.home().join("page.html");
+    let report = ["report", "--to", page.to_str().unwrap()];
+    watched.shop.run(&report).expect_code(0);
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("<b>1</b>promises kept"), "{page}");
+
     // A daemon that is killed is followed by another one, which tells nobody of what is well.
     let before = watched.told().len();
     watched.daemon.signal(Signal::SIGKILL);
@@ -210,34 +219,75 @@ fn a_promise_is_kept_and_each_mishap_is_one_alarm_after_which_all_is_as_before()
 struct Service {
     directory: tempfile::TempDir,
     socket: UnixDatagram,
+    hook: TcpListener,
     child: Child,
 }
 
 impl Service {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("notify");
-        let socket = UnixDatagram::bind(&path).unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
-        let service = |child| Self {
+        let at = |name: &str| directory.path().join(name);
+        let socket = UnixDatagram::bind(at("notify")).unwrap();
+        let patience = Some(Duration::from_secs(20));
+        socket.set_read_timeout(patience).unwrap();
+        let hook = TcpListener::bind("127.0.0.1:0").unwrap();
+        // What a mail is given to, by the interface that every mail server has.
+        let sendmail = format!(
+            "#!/bin/sh\necho \"$@\" > {0}\ncat >> {0}\n",
+            at("mail").display()
+        );
+        std::fs::create_dir(at("bin")).unwrap();
+        std::fs::write(at("bin/sendmail"), sendmail).unwrap();
+        let executable = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(at("bin/sendmail"), executable).unwrap();
+        let notify = format!(
+            "[notify]\ncommand = \"cat > {}\"\nmail = \"root@example.org\"\nwebhook = \"http://{}/a?key=secret\"\n",
+            at("command").display(),
+            hook.local_addr().unwrap()
+        );
+        std::fs::write(at("policies.toml"), notify + &policy("10s")).unwrap();
+        let controller = Controller::new(at("home"), at("ssh"));
+        let mut command = controller.command(&binary());
+        command.args(["replicate", "daemon", "--policies"]);
+        command.arg(at("policies.toml"));
+        let path = std::env::var("PATH").unwrap();
+        command.env("PATH", format!("{}:{path}", at("bin").display()));
+        command.env("NOTIFY_SOCKET", at("notify"));
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        Self {
             directory,
             socket,
+            hook,
             child,
-        };
-        let policies = path.with_file_name("policies.toml");
-        std::fs::write(&policies, policy("10s")).unwrap();
-        let controller = Controller::new(path.with_file_name("home"), path.with_file_name("ssh"));
-        std::fs::create_dir_all(controller.home()).unwrap();
-        let mut command = controller.command(&binary());
-        command
-            .args(["replicate", "daemon", "--policies"])
-            .arg(&policies);
-        command.env("NOTIFY_SOCKET", &path);
-        command.stdout(std::process::Stdio::null());
-        command.stderr(std::process::Stdio::null());
-        service(command.spawn().unwrap())
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// What the webhook gets next: the first line, and the body.
+    fn posted(&self) -> (String, Value) {
+        let (stream, _) = self.hook.accept().unwrap();
+        let mut reader = BufReader::new(stream);
+        let mut head = Vec::new();
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            match line.trim_end() {
+                "" => break,
+                line => head.push(line.to_owned()),
+            }
+        }
+        let length = head
+            .iter()
+            .find_map(|line| line.strip_prefix("Content-Length: "));
+        let mut body = vec![0; length.unwrap().parse().unwrap()];
+        reader.read_exact(&mut body).unwrap();
+        let answer = b"HTTP/1.1 204 No Content\r\n\r\n";
+        reader.get_mut().write_all(answer).unwrap();
+        (head.remove(0), serde_json::from_slice(&body).unwrap())
     }
 
     /// Waits until it has told systemd this.
@@ -274,13 +324,36 @@ fn policy(every: &str) -> String {
 }
 
 #[test]
-fn systemd_is_told_when_it_is_ready_alive_reloading_and_stopping() {
+fn systemd_and_people_are_told_what_goes_on() {
     let mut service = Service::start();
     service.tells("READY=1");
     service.tells("WATCHDOG=1");
     // Nothing is known of the VMs of a policy whose hosts do not answer: that is an alarm.
     service.tells("STATUS=0 run, 0 wait, 1 alarms");
-    let policies = service.directory.path().join("policies.toml");
+    let (line, posted) = service.posted();
+    assert_eq!(line, "POST /a?key=secret HTTP/1.1");
+    assert_eq!(
+        (&posted["event"], &posted["policy"]),
+        (&"raised".into(), &"shop".into())
+    );
+    let read = |name: &str| {
+        wait_for(name, PATIENCE, || {
+            let text = std::fs::read_to_string(service.path(name)).ok()?;
+            text.ends_with(['\n', '}']).then_some(text)
+        })
+    };
+    let by_command: Value = serde_json::from_str(&read("command")).unwrap();
+    assert_eq!(by_command, posted);
+    let mail = read("mail");
+    assert!(
+        mail.starts_with("-oi -- root@example.org\nTo: root@example.org\n"),
+        "{mail}"
+    );
+    assert!(
+        mail.contains("Subject: [kvm-clone-ctl] shop: failed\n"),
+        "{mail}"
+    );
+    let policies = service.path("policies.toml");
     for text in [policy("30s"), "no policy".to_owned()] {
         std::fs::write(&policies, text).unwrap();
         service.signal(Signal::SIGHUP);

@@ -34,6 +34,7 @@ pub(super) fn run(app: &App, args: Arguments) -> Result<()> {
         limit: args.limit,
         failed: args.failed,
         vm: args.vm,
+        ..Filter::default()
     };
     let report = Report {
         operation: "history",

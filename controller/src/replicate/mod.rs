@@ -9,6 +9,8 @@
 //!
 //!  the daemon: which VM is next (scheduler) ─ one VM (run) ─ what is wrong (alarms) ─ who hears (notify)
 //!                                                           └ how much, how old (metrics)
+//!
+//!  what there is (status) and what was done (the history) ─ a page for people (report)
 //! ```
 
 pub mod alarms;
@@ -19,6 +21,7 @@ pub mod keep;
 pub mod metrics;
 pub mod notify;
 pub mod policy;
+pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod scheduler;

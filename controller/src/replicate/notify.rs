@@ -105,9 +105,13 @@ fn mail(address: &str, notice: &Notice) -> String {
         message,
         raised_at,
     } = notice;
+    let of = match vm.as_str() {
+        "" => policy.clone(),
+        vm => format!("{policy} {vm}"),
+    };
     let subject = match event {
-        Event::Over => format!("{policy} {vm}: well again"),
-        _ => format!("{policy} {vm}: {}", kind.name()),
+        Event::Over => format!("{of}: well again"),
+        _ => format!("{of}: {}", kind.name()),
     };
     // A name is a part of one line, whatever it holds.
     let subject: String = subject.chars().filter(|c| !c.is_control()).collect();

@@ -30,7 +30,7 @@ pub struct Unit {
 }
 
 /// What both services may: speak to hosts, and write the state of their user. A policy whose source
-/// or destination is this machine needs more, and says so by failing.
+/// or destination is this machine needs more, and says so by failing. `/var/spool` is for mail.
 const HARDENED: &str = "\
 StateDirectory=kvm-clone-ctl
 Environment=XDG_STATE_HOME=/var/lib
@@ -53,6 +53,7 @@ MemoryDenyWriteExecute=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 SystemCallArchitectures=native
 UMask=0077
+ReadWritePaths=-/var/spool
 ";
 
 /// A service that runs the daemon.

@@ -32,6 +32,8 @@ pub(super) enum Command {
     Points(Named),
     /// Say how old the newest points are, against what was promised
     Status(points::Status),
+    /// Write a page for people: promises kept and missed in thirty days, traffic, tests of failovers
+    Report(points::Report),
     /// Have a point stay whatever its policy keeps
     Pin(points::Pin),
     /// Boot copies of points where nobody reaches them, and say how long a failover takes and what it loses
@@ -64,7 +66,7 @@ pub(super) struct Named {
 
 /// What scripts get.
 #[derive(Debug, Serialize)]
-struct Report<T> {
+struct Answer<T> {
     operation: &'static str,
     success: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -82,6 +84,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Systemd(args) => policies::systemd(app, &args),
         Command::Points(named) => points::points(app, &named).await,
         Command::Status(args) => points::show_status(app, &args).await,
+        Command::Report(args) => points::write_report(app, &args).await,
         Command::Pin(args) => points::pin(app, &args).await,
         Command::Test(args) => failover::test(app, &args).await,
         Command::Failover(args) => failover::fail_over(app, *args).await,
@@ -160,7 +163,7 @@ fn report<T: Serialize>(
     error: Option<Error>,
     text: impl FnOnce(&T) -> String,
 ) -> Result<()> {
-    let mut report = Report {
+    let mut report = Answer {
         operation,
         success: error.is_none(),
         error,

@@ -1,11 +1,14 @@
 //! `replicate status`, `points` and `pin`: what there is, and how old it is.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use serde::Serialize;
 
 use super::{App, File, Named, report, span};
 use crate::error::{Error, ErrorCode, Result};
 use crate::output;
+use crate::replicate::report as page;
 use crate::replicate::status::{VmStatus, status};
 use crate::vm::point::Point;
 use crate::vm::replica;
@@ -17,6 +20,15 @@ pub(in crate::cli) struct Status {
     /// End with exit status 1 when a promise is not kept
     #[arg(long)]
     exit_code: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Report {
+    #[command(flatten)]
+    named: Named,
+    /// Write the page to this file
+    #[arg(long, value_name = "FILE", default_value = "replication.html")]
+    to: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -40,6 +52,11 @@ pub(in crate::cli) struct Pin {
 #[derive(Debug, Serialize)]
 struct Pinned {
     points: Vec<Point>,
+}
+
+#[derive(Debug, Serialize)]
+struct Written {
+    file: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -97,6 +114,18 @@ pub(super) async fn show_status(app: &App, args: &Status) -> Result<()> {
     });
     report(app, "replicate-status", Vms { vms }, failed, |what| {
         status_table(&what.vms)
+    })
+}
+
+pub(super) async fn write_report(app: &App, args: &Report) -> Result<()> {
+    let vms = look(app, &args.named).await?;
+    let policies = args.named.file.load(app, &args.named.names)?;
+    let page = page::Report::new(policies, vms)?.html();
+    let file = args.to.display().to_string();
+    let written = std::fs::write(&args.to, page);
+    written.map_err(|error| Error::io(format!("writing {file}"), error))?;
+    report(app, "replicate-report", Written { file }, None, |what| {
+        format!("{}\n", what.file)
     })
 }
 

@@ -148,7 +148,10 @@ fn a_promise_is_kept_and_each_mishap_is_one_alarm_after_which_all_is_as_before()
     let there = f64::from(u32::try_from(points.len()).unwrap());
     assert!((made - there).abs() <= 1.0, "{made} and {there}");
     let status = watched.shop.run(&["status", "--exit-code"]).expect_json();
-    assert_eq!(status["vms"][0]["state"], "kept", "{status}");
+    let vm = &status["vms"][0];
+    assert_eq!(vm["state"], "kept", "{status}");
+    assert_eq!(vm["last_run"]["success"], true, "{status}");
+    assert!(vm["next_run"].is_string(), "{status}");
 
     let b = &watched.shop.site.b;
     let cut = std::env::var("KVM_CLONE_DAEMON_CUT");

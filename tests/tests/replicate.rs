@@ -433,6 +433,18 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     assert_eq!(tested["point"], first, "{test}");
     assert_eq!(b.run(&["sh", "-c", "ls /var/lib/libvirt/qemu/nvram"]), "");
     a.run(&["ip", "link", "set", "eth0", "down"]);
+    // A fence that fails makes nothing sure; one that does not, does.
+    let with_fence = |fence: &str| {
+        shop.write(&format!("{policy}fence = '{fence}'\n"));
+        shop.run(&["failover", "shop"])
+    };
+    let unsure = with_fence("echo no power >&2; exit 1");
+    unsure.expect_failure(5, &["refused"], "the fence failed");
+    assert!(unsure.stderr.contains("no power"), "{unsure}");
+    let fenced = with_fence("test $SOURCE = hvA -a $VM = web");
+    fenced.expect_code(0);
+    b.virsh(&["destroy", "web"]);
+    shop.run(&["undo", "shop"]).expect_code(0);
     std::fs::remove_file(&shop.policies).unwrap();
     let from = format!("hvB:{PLACE}");
     let failover = |options: &[&str]| {

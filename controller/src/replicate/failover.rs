@@ -1,7 +1,9 @@
 //! Failover of a policy's VMs, or of what lies in a directory of replicas: one after the other, in
-//! the order of their names.
+//! the policy's order, and else in that of their names.
 
 use std::time::Duration;
+
+use jiff::SignedDuration;
 
 use super::policy::Policy;
 use crate::endpoint::HostSpec;
@@ -100,7 +102,16 @@ impl Replicas {
         how: &How,
     ) -> Vec<FailoverResult> {
         let mut results = Vec::new();
-        for (vm, directory) in &self.all {
+        let mut all: Vec<_> = self.all.iter().collect();
+        let place = |vm: &str| policy.map_or(0, |policy| policy.place_in_order(vm));
+        all.sort_by_key(|(vm, _)| place(vm));
+        let mut before = None;
+        for (vm, directory) in all {
+            if before.is_some_and(|before| before < place(vm)) {
+                let delay = policy.map(|policy| policy.delay).unwrap_or_default();
+                wait(context, delay).await;
+            }
+            before = Some(place(vm));
             let network = how.network.clone();
             let network = match policy {
                 Some(policy) => policy.network_config(network),
@@ -112,6 +123,7 @@ impl Replicas {
                 directory: directory.clone(),
                 point: how.point.clone(),
                 source_is_dead: how.source_is_dead,
+                fence: policy.and_then(|policy| policy.fence.clone()),
                 network,
             };
             let planned = policy.zip(how.planned).map(|(policy, stop)| Planned {
@@ -213,6 +225,14 @@ impl Replicas {
             ended.extend(failover::undo(&on, directory).await?);
         }
         Ok(ended)
+    }
+}
+
+/// Waits, unless the user wants to stop.
+async fn wait(context: &Context, delay: SignedDuration) {
+    tokio::select! {
+        () = tokio::time::sleep(delay.unsigned_abs()) => {}
+        () = context.cancelled.cancelled() => {}
     }
 }
 

@@ -151,6 +151,12 @@ pub struct Policy {
     pub networks: BTreeMap<String, String>,
     /// What VMs are connected to when their failover is tested; to nothing, without one.
     pub test_network: Option<String>,
+    /// Names or patterns of VMs that are started before others, in this order.
+    pub order: Vec<String>,
+    /// How long those of one place of the order have before the next are started.
+    pub delay: SignedDuration,
+    /// For a shell: makes sure that a source does not run which cannot be asked.
+    pub fence: Option<String>,
 }
 
 /// A part of some days of the week; one that begins later than it ends goes over midnight, and
@@ -218,6 +224,10 @@ struct Written {
     #[serde(default)]
     networks: BTreeMap<String, String>,
     test_network: Option<String>,
+    #[serde(default)]
+    order: Vec<String>,
+    delay: Option<Spanned<String>>,
+    fence: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -433,6 +443,8 @@ impl Reader<'_> {
         let parallel = parallel
             .and_then(|parallel| self.at_once("parallel", parallel))
             .unwrap_or(NonZeroUsize::MIN);
+        let delay = written.delay.as_ref();
+        let delay = delay.and_then(|delay| self.duration("delay", delay));
         let live = self.live(written.live.as_ref());
         let quiesce = self.optional(
             "quiesce",
@@ -478,6 +490,9 @@ impl Reader<'_> {
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
             networks: written.networks.clone(),
             test_network: written.test_network.clone(),
+            order: written.order.clone(),
+            delay: delay.unwrap_or_default(),
+            fence: written.fence.clone(),
             min_free: min_free.map_or(MIN_FREE, |Space(bytes)| bytes),
         })
     }
@@ -702,6 +717,13 @@ impl Policy {
         network
     }
 
+    /// The place of a VM in the order in which they are started.
+    pub fn place_in_order(&self, vm: &str) -> usize {
+        let mut order = self.order.iter();
+        let place = order.position(|pattern| glob_match::glob_match(pattern, vm));
+        place.unwrap_or(self.order.len())
+    }
+
     /// Whether it does not run by itself at an instant.
     pub fn is_quiet(&self, at: Timestamp) -> bool {
         let zoned = at.to_zoned(self.zone.clone());
@@ -748,6 +770,100 @@ keep = { last = 4, daily = 7 }
 not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
 ";
 
+    /// What is right, what is wrong in its place, the line, and what is told.
+    const MISTAKES: &[(&str, &str, usize, &str)] = &[
+        ("source = \"hv1\"", "source = \"hv2\"", 3, "same host"),
+        ("vms = [\"web*\", \"db\"]", "vms = []", 4, "no VM"),
+        ("every = \"15m\"", "every = \"15 parsecs\"", 6, "15 parsecs"),
+        ("every = \"15m\"", "every = \"1s\"", 6, "at least"),
+        ("every = \"15m\"", "schedule = \"* * *\"", 6, "five fields"),
+        (
+            "every = \"15m\"",
+            "every = \"15m\"\nschedule = \"0 * * * *\"",
+            6,
+            "both",
+        ),
+        ("every = \"15m\"\n", "", 1, "never runs"),
+        ("rpo = \"1h\"", "rpo = \"15m\"", 7, "15m"),
+        ("rpo = \"1h\"", "rpo = \"-1h\"", 7, "-1h"),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\ntimezone = \"Europe/Zürich\"",
+            8,
+            "Zürich",
+        ),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nparallel = 0",
+            8,
+            "parallel = 0",
+        ),
+        ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"torn\"", 8, "torn"),
+        ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"pause\"", 8, "pause"),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nquiesce = \"perhaps\"",
+            8,
+            "perhaps",
+        ),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nbandwidth-limit = \"0\"",
+            8,
+            "bandwidth-limit",
+        ),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nmin-free = \"much\"",
+            8,
+            "much",
+        ),
+        ("source = \"hv1\"", "source = \"-oProxy\"", 2, "-oProxy"),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\ndirectory = \"replicas\"",
+            8,
+            "absolute",
+        ),
+        ("rpo = \"1h\"", "rpo = \"1h\"\nrtp = \"2h\"", 8, "rtp"),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\ndelay = \"a bit\"",
+            8,
+            "a bit",
+        ),
+        ("to = \"02:00\"", "to = \"2 am\"", 9, "2 am"),
+        ("to = \"02:00\"", "to = \"22:00\"", 9, "ends when it begins"),
+        ("days = \"fri\"", "days = \"fry\"", 9, "fry"),
+        ("keep = { last = 4", "keep = { last = -4", 8, ""),
+        ("[policy.shop]", "[policy.\"a/b\"]", 1, "a/b"),
+        ("destination = \"hv2\"\n", "", 1, "destination"),
+        (
+            "[policy.shop]",
+            "[limits]\nper-host = 0\n[policy.shop]",
+            2,
+            "per-host = 0",
+        ),
+        (
+            "[policy.shop]",
+            "[notify]\nmail = \"root\"\n[policy.shop]",
+            2,
+            "root",
+        ),
+        (
+            "[policy.shop]",
+            "[notify]\nwebhook = \"hook\"\n[policy.shop]",
+            2,
+            "webhook",
+        ),
+        (
+            "[policy.shop]",
+            "[notify]\nrepeat = \"often\"\n[policy.shop]",
+            2,
+            "often",
+        ),
+    ];
+
     fn mistakes(text: &str) -> Vec<Mistake> {
         parse(text).expect_err(text)
     }
@@ -764,6 +880,12 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
         );
         let about = ["web-1", "db", "web-test", "mail"].map(|vm| policy.is_about(vm));
         assert_eq!(about, [true, true, false, false]);
+        let ordered = Policy {
+            order: vec!["db".to_owned(), "web-?".to_owned()],
+            ..policy.clone()
+        };
+        let places = ["mail", "web-1", "db"].map(|vm| ordered.place_in_order(vm));
+        assert_eq!(places, [2, 1, 0]);
         let window = &policy.quiet[0];
         let at = |hour| Time::constant(hour, 30, 0, 0);
         assert!(window.contains(Weekday::Friday, at(22)));
@@ -774,99 +896,11 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
 
     #[test]
     fn each_kind_of_mistake_is_told_with_its_line() {
-        let cases = [
-            ("source = \"hv1\"", "source = \"hv2\"", 3, "same host"),
-            ("vms = [\"web*\", \"db\"]", "vms = []", 4, "no VM"),
-            ("every = \"15m\"", "every = \"15 parsecs\"", 6, "15 parsecs"),
-            ("every = \"15m\"", "every = \"1s\"", 6, "at least"),
-            ("every = \"15m\"", "schedule = \"* * *\"", 6, "five fields"),
-            (
-                "every = \"15m\"",
-                "every = \"15m\"\nschedule = \"0 * * * *\"",
-                6,
-                "both",
-            ),
-            ("every = \"15m\"\n", "", 1, "never runs"),
-            ("rpo = \"1h\"", "rpo = \"15m\"", 7, "15m"),
-            ("rpo = \"1h\"", "rpo = \"-1h\"", 7, "-1h"),
-            (
-                "rpo = \"1h\"",
-                "rpo = \"1h\"\ntimezone = \"Europe/Zürich\"",
-                8,
-                "Zürich",
-            ),
-            (
-                "rpo = \"1h\"",
-                "rpo = \"1h\"\nparallel = 0",
-                8,
-                "parallel = 0",
-            ),
-            ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"torn\"", 8, "torn"),
-            ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"pause\"", 8, "pause"),
-            (
-                "rpo = \"1h\"",
-                "rpo = \"1h\"\nquiesce = \"perhaps\"",
-                8,
-                "perhaps",
-            ),
-            (
-                "rpo = \"1h\"",
-                "rpo = \"1h\"\nbandwidth-limit = \"0\"",
-                8,
-                "bandwidth-limit",
-            ),
-            (
-                "rpo = \"1h\"",
-                "rpo = \"1h\"\nmin-free = \"much\"",
-                8,
-                "much",
-            ),
-            ("source = \"hv1\"", "source = \"-oProxy\"", 2, "-oProxy"),
-            (
-                "rpo = \"1h\"",
-                "rpo = \"1h\"\ndirectory = \"replicas\"",
-                8,
-                "absolute",
-            ),
-            ("rpo = \"1h\"", "rpo = \"1h\"\nrtp = \"2h\"", 8, "rtp"),
-        ];
-        let more = [
-            ("to = \"02:00\"", "to = \"2 am\"", 9, "2 am"),
-            ("to = \"02:00\"", "to = \"22:00\"", 9, "ends when it begins"),
-            ("days = \"fri\"", "days = \"fry\"", 9, "fry"),
-            ("keep = { last = 4", "keep = { last = -4", 8, ""),
-            ("[policy.shop]", "[policy.\"a/b\"]", 1, "a/b"),
-            ("destination = \"hv2\"\n", "", 1, "destination"),
-            (
-                "[policy.shop]",
-                "[limits]\nper-host = 0\n[policy.shop]",
-                2,
-                "per-host = 0",
-            ),
-            (
-                "[policy.shop]",
-                "[notify]\nmail = \"root\"\n[policy.shop]",
-                2,
-                "root",
-            ),
-            (
-                "[policy.shop]",
-                "[notify]\nwebhook = \"hook\"\n[policy.shop]",
-                2,
-                "webhook",
-            ),
-            (
-                "[policy.shop]",
-                "[notify]\nrepeat = \"often\"\n[policy.shop]",
-                2,
-                "often",
-            ),
-        ];
-        for (right, wrong, line, told) in cases.into_iter().chain(more) {
+        for (right, wrong, line, told) in MISTAKES {
             assert!(PLAIN.contains(right), "{right}");
             let found = mistakes(&PLAIN.replacen(right, wrong, 1));
             assert_eq!(found.len(), 1, "{wrong}: {found:?}");
-            assert_eq!(found[0].line, line, "{wrong}: {found:?}");
+            assert_eq!(found[0].line, *line, "{wrong}: {found:?}");
             assert!(found[0].what.contains(told), "{wrong}: {found:?}");
             assert!(!found[0].remedy.is_empty(), "{wrong}: {found:?}");
         }

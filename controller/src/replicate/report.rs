@@ -466,6 +466,8 @@ mod tests {
                 state,
                 age_seconds: Some(now.duration_since(newest).as_secs()),
                 rpo_seconds: 5400,
+                next_run: None,
+                last_run: None,
                 points: vec![point(name); 41 + place],
             });
             let job = Job {

@@ -1,5 +1,7 @@
 //! How old the newest points are, against what was promised.
 
+use std::collections::BTreeMap;
+
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
@@ -7,10 +9,14 @@ use super::keep::newest;
 use super::policy::Policy;
 use super::run::{Found, find};
 use crate::error::Result;
+use crate::history::{Filter, History, Record};
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 use crate::vm::point::Point;
 use crate::vm::{failover, replica};
+
+/// How many of the newest runs are looked at for the last of each VM.
+const RUNS: u32 = 20_000;
 
 /// Whether a promise is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -59,8 +65,64 @@ pub struct VmStatus {
     pub age_seconds: Option<i64>,
     /// How old that may be.
     pub rpo_seconds: i64,
+    /// When the next one is due; `None` for one that is live or gone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_run: Option<Timestamp>,
+    /// The last run, as far as the history of this machine knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_run: Option<LastRun>,
     /// Its points, from the oldest on.
     pub points: Vec<Point>,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LastRun {
+    /// When it began, RFC 3339.
+    pub began_at: String,
+    /// Whether it has made a point.
+    pub success: bool,
+    /// From its beginning to its end.
+    pub duration_seconds: Option<f64>,
+    /// Bytes carried between the agents.
+    pub bytes_wire: Option<u64>,
+    /// Why it has made none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl LastRun {
+    fn read(record: &Record) -> Self {
+        let result = record.result.clone().unwrap_or_default();
+        Self {
+            began_at: record.began_at.clone(),
+            success: record.success == Some(true),
+            duration_seconds: result["duration_seconds"].as_f64(),
+            bytes_wire: result["bytes_wire"].as_u64(),
+            error: result["error"]["message"].as_str().map(str::to_owned),
+        }
+    }
+}
+
+/// The last runs that have ended, by policy and VM.
+fn last_runs() -> Result<BTreeMap<(String, String), LastRun>> {
+    let filter = Filter {
+        limit: RUNS,
+        operation: Some("replicate"),
+        ..Filter::default()
+    };
+    let mut last = BTreeMap::new();
+    for record in History::open()?.list(&filter)? {
+        let policy = record
+            .result
+            .as_ref()
+            .and_then(|result| result["policy"].as_str());
+        if let (Some(policy), Some(vm)) = (policy, &record.vm) {
+            let job = (policy.to_owned(), vm.clone());
+            last.entry(job).or_insert_with(|| LastRun::read(&record));
+        }
+    }
+    Ok(last)
 }
 
 /// Looks at all VMs of a policy.
@@ -93,23 +155,33 @@ pub async fn status(
         }
     };
     let on = Hypervisor::new(destination.clone(), connect);
+    let last = last_runs().unwrap_or_else(|error| {
+        warnings.push(error.one_line());
+        BTreeMap::new()
+    });
     let mut all = Vec::new();
     let vms = found.vms.iter().map(|vm| (vm, false));
     for (vm, is_gone) in vms.chain(found.gone.iter().map(|vm| (vm, true))) {
         let listed = replica::points(&destination, &policy.directory_of(vm)).await?;
         let now = Timestamp::now();
         let role = failover::role(&on, &policy.directory_of(vm)).await?;
-        let age = newest(listed.instants(), now).map(|instant| now.duration_since(instant));
+        let newest = newest(listed.instants(), now);
+        let age = newest.map(|instant| now.duration_since(instant));
+        let state = match role {
+            Some(_) => State::Live,
+            None => state(age, policy.rpo, is_gone),
+        };
+        let due = newest.map_or(Some(now), |newest| policy.schedule.after(newest));
+        let is_run = !matches!(state, State::Live | State::Gone);
         warnings.extend(listed.strange);
         all.push(VmStatus {
             policy: policy.name.clone(),
             vm: vm.to_owned(),
-            state: match role {
-                Some(_) => State::Live,
-                None => state(age, policy.rpo, is_gone),
-            },
+            state,
             age_seconds: age.map(|age| age.as_secs()),
             rpo_seconds: policy.rpo.as_secs(),
+            next_run: due.filter(|_| is_run),
+            last_run: last.get(&(policy.name.clone(), vm.clone())).cloned(),
             points: listed.points,
         });
     }

@@ -47,6 +47,8 @@ pub struct FailoverRequest {
     pub point: Option<String>,
     /// The user knows that the source does not run, and will not.
     pub source_is_dead: bool,
+    /// For a shell of this machine: makes sure of that, where the source cannot be asked.
+    pub fence: Option<String>,
     /// How the VM is connected there; goes before what the point says of that.
     pub network: NetworkConfig,
 }
@@ -486,7 +488,9 @@ async fn prepare(
         warnings,
     );
     if !request.source_is_dead {
-        check_source(context, connect, request, point, &mut obstacles).await;
+        // A source is fenced when nothing else is in the way.
+        let fence = request.fence.as_deref().filter(|_| obstacles.is_empty());
+        check_source(context, connect, request, point, fence, &mut obstacles).await;
     }
     let found = obstacles.into_found();
     if let Some(error) = to_error(&found, &format!("cannot start {vm} on {host}")) {
@@ -543,6 +547,7 @@ async fn check_source(
     connect: &str,
     request: &FailoverRequest,
     point: &Point,
+    fence: Option<&str>,
     obstacles: &mut Obstacles,
 ) {
     let (vm, uuid) = (&point.manifest.vm, point.manifest.uuid.to_string());
@@ -568,13 +573,38 @@ async fn check_source(
             ),
             "--planned shuts it down, and loses nothing",
         ),
-        Err(why) => obstacles.refused(
-            format!(
+        Err(why) => {
+            let unknown = format!(
                 "whether {vm} runs on {source} is not known: {}",
                 why.one_line()
-            ),
-            "make sure that it does not, and will not, and say so with --source-is-dead",
-        ),
+            );
+            let hint = "make sure that it does not, and will not, and say so with --source-is-dead";
+            match fence {
+                None => obstacles.refused(unknown, hint),
+                Some(fence) => {
+                    if let Err(why) = run_fence(context, fence, source, vm).await {
+                        let why = why.one_line();
+                        obstacles.refused(format!("{unknown}, and the fence failed: {why}"), hint);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Has a fence make sure that a source does not run.
+async fn run_fence(context: &Context, fence: &str, source: &str, vm: &str) -> Result<()> {
+    let variables = [format!("SOURCE={source}"), format!("VM={vm}")];
+    let [of_source, of_vm] = &variables;
+    let words = ["env", of_source, of_vm, "sh", "-c", fence];
+    let here = context.host(&HostSpec::Local);
+    let output = here.tool(&words, b"").await?;
+    match output.status.success() {
+        true => Ok(()),
+        false => {
+            Err(Error::new(ErrorCode::Io, output.status.to_string())
+                .caused_by(output.stderr.trim()))
+        }
     }
 }
 

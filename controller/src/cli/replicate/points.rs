@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{App, File, Named, report, span};
 use crate::error::{Error, ErrorCode, Result};
 use crate::output;
 use crate::replicate::report as page;
-use crate::replicate::status::{VmStatus, status};
+use crate::replicate::status::{LastRun, VmStatus, status};
 use crate::vm::point::Point;
 use crate::vm::replica;
 
@@ -154,26 +155,42 @@ fn point_table(vms: &[VmStatus]) -> String {
 }
 
 fn status_table(vms: &[VmStatus]) -> String {
-    let mut table = output::table(&[
-        "policy",
-        "VM",
-        "newest point",
-        "age",
-        "RPO",
-        "points",
-        "state",
-    ]);
+    let header = [
+        "policy", "VM", "state", "age", "RPO", "points", "next", "last run",
+    ];
+    let mut table = output::table(&header);
     for vm in vms {
-        let newest = vm.points.last().map(|point| point.name.clone());
         table.add_row([
             vm.policy.clone(),
             output::printable(&vm.vm),
-            newest.unwrap_or_default(),
+            vm.state.name().to_owned(),
             vm.age_seconds.map(span).unwrap_or_default(),
             span(vm.rpo_seconds),
             vm.points.len().to_string(),
-            vm.state.name().to_owned(),
+            vm.next_run.map(next).unwrap_or_default(),
+            vm.last_run.as_ref().map(last).unwrap_or_default(),
         ]);
     }
     output::table_text(&table)
+}
+
+/// How long it is until then.
+fn next(then: Timestamp) -> String {
+    let left = then.duration_since(Timestamp::now()).as_secs();
+    match left > 0 {
+        true => format!("in {}", span(left)),
+        false => "due".to_owned(),
+    }
+}
+
+fn last(run: &LastRun) -> String {
+    let seconds = run.duration_seconds.unwrap_or_default();
+    match &run.error {
+        None if run.success => {
+            let shipped = run.bytes_wire.map(output::iec).unwrap_or_default();
+            format!("{shipped} in {seconds:.1} s")
+        }
+        None => "failed".to_owned(),
+        Some(error) => output::printable(error),
+    }
 }

@@ -48,6 +48,17 @@ fn a_vm_that_writes_gets_points_of_one_instant_each_of_which_starts_it_by_its_ru
     assert_eq!(shop.points("busy").len(), 3);
     pin(&["--off"]);
     assert_eq!(shop.run_vm()["removed"].as_array().map(Vec::len), Some(2));
+    // All is read when that is long ago, and what is written since after it.
+    let note = b.image("kvm-clone/shop/busy/replica.json");
+    let text = std::fs::read_to_string(&note).unwrap();
+    let mut head: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(head["scanned"].is_string(), "{head}");
+    head["scanned"] = "2026-01-01T00:00:00Z".into();
+    std::fs::write(&note, head.to_string()).unwrap();
+    let run = shop.run_vm();
+    assert_eq!(run["disks"][2]["scan"], "full", "{run}");
+    assert_eq!(run["warnings"], serde_json::json!([]), "{run}");
+    assert_eq!(shop.run_vm()["disks"][2]["scan"], "changes");
     let points = shop.points("busy");
     let unknown = shop.run(&["pin", "shop", "busy", &first]);
     unknown.expect_code(4);
@@ -165,6 +176,27 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     assert!(error(1).contains("web-1 is gone from hvA"), "{run}");
     assert_eq!(shop.points("web-1"), points);
     assert_eq!(shop.points("web-2").len(), 3);
+    // What nobody misses goes when the user says so, and nothing that is followed.
+    let followed = shop.run(&["remove", "shop", "web-test"]);
+    followed.expect_code(4);
+    let first = points[0].rsplit('/').next().unwrap();
+    shop.run(&["pin", "shop", "web-1", first]).expect_code(0);
+    let pinned = shop.run(&["remove", "shop", "web-1"]);
+    pinned.expect_code(5);
+    assert!(pinned.stderr.contains("are to stay"), "{pinned}");
+    assert_eq!(shop.points("web-1"), points);
+    let removed = shop
+        .run(&["remove", "shop", "web-1", "--pinned"])
+        .expect_json();
+    assert_eq!(
+        removed["points"].as_array().map(Vec::len),
+        Some(points.len())
+    );
+    let left = shop.site.b.run(&["ls", "-A", PLACE]);
+    assert_eq!(left.trim(), "web-2");
+    let followed = shop.run(&["remove", "shop", "web-2"]);
+    followed.expect_code(5);
+    assert!(followed.stderr.contains("is about it"), "{followed}");
     // What is excluded is missed by nobody.
     shop.write(&format!(
         "vms = [\"web*\"]\nexclude = [\"web-1\", \"web-2\"]\n{EVERY_MINUTE}"

@@ -143,6 +143,8 @@ pub struct Policy {
     pub live: LiveChoice,
     /// Whether its file systems are frozen for that.
     pub quiesce: Quiesce,
+    /// After so long a run reads all; `None` for never.
+    pub full_scan_after: Option<SignedDuration>,
     /// Bytes a second, for each VM.
     pub bandwidth_limit: Option<u64>,
     /// Bytes that stay free on the destination's file system.
@@ -219,6 +221,7 @@ struct Written {
     parallel: Option<Spanned<i64>>,
     live: Option<Spanned<String>>,
     quiesce: Option<Spanned<String>>,
+    full_scan: Option<Spanned<String>>,
     bandwidth_limit: Option<Spanned<String>>,
     min_free: Option<Spanned<String>>,
     #[serde(default)]
@@ -451,6 +454,7 @@ impl Reader<'_> {
             written.quiesce.as_ref(),
             "take auto, require or off",
         );
+        let full_scan_after = self.full_scan(written.full_scan.as_ref());
         let remedy = "take bytes a second, such as 100M";
         let limit: Option<Rate> =
             self.optional("bandwidth-limit", written.bandwidth_limit.as_ref(), remedy);
@@ -487,6 +491,7 @@ impl Reader<'_> {
             parallel,
             live,
             quiesce: quiesce.unwrap_or_default(),
+            full_scan_after,
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
             networks: written.networks.clone(),
             test_network: written.test_network.clone(),
@@ -623,6 +628,25 @@ impl Reader<'_> {
         parsed
     }
 
+    /// How long what is known of changes is believed.
+    fn full_scan(&mut self, written: Option<&Spanned<String>>) -> Option<SignedDuration> {
+        let hours = |days: i64| Some(SignedDuration::from_hours(24 * days));
+        let Some(written) = written else {
+            return hours(7);
+        };
+        match written.get_ref().as_str() {
+            "daily" => hours(1),
+            "weekly" => hours(7),
+            "monthly" => hours(30),
+            "never" => None,
+            other => {
+                let what = format!("full-scan = {other:?} is not understood");
+                self.mistake(written, what, "take daily, weekly, monthly or never");
+                None
+            }
+        }
+    }
+
     /// A VM is never read torn into a replica, nor suspended by a schedule.
     fn live(&mut self, written: Option<&Spanned<String>>) -> LiveChoice {
         let Some(written) = written else {
@@ -703,6 +727,7 @@ impl Policy {
             live: self.live,
             quiesce: self.quiesce,
             min_free: self.min_free,
+            full_scan_after: self.full_scan_after,
             bandwidth_limit: self.bandwidth_limit,
             networks: self.networks.clone(),
         }
@@ -797,6 +822,12 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
             "rpo = \"1h\"\nparallel = 0",
             8,
             "parallel = 0",
+        ),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nfull-scan = \"often\"",
+            8,
+            "often",
         ),
         ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"torn\"", 8, "torn"),
         ("rpo = \"1h\"", "rpo = \"1h\"\nlive = \"pause\"", 8, "pause"),

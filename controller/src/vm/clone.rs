@@ -317,7 +317,8 @@ impl Making<'_> {
         result.consistency = live::consistency(reading, hold.as_ref());
         let copied = Box::pin(self.copy(hold.as_ref(), result)).await;
         if let Some(hold) = &hold {
-            hold.name_results(&mut result.disks, &mut result.warnings);
+            let options = &self.fit.options;
+            hold.name_results(options, &mut result.disks, &mut result.warnings);
         }
         live::let_end(hold, copied).await?;
         for overlay in self.plan.overlays.iter().filter(|each| !each.is_right) {

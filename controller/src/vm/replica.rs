@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kvm_clone_protocol::message::Recovery;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -59,6 +59,8 @@ pub struct ReplicaRequest {
     pub quiesce: Quiesce,
     /// Bytes that stay free on the destination's file system.
     pub min_free: u64,
+    /// After so long a run reads all, whatever is known of what has changed; `None` for never.
+    pub full_scan_after: Option<SignedDuration>,
     /// Bytes a second, of all disks together; `None` for no limit.
     pub bandwidth_limit: Option<u64>,
     /// What networks and bridges of the source are on the destination.
@@ -91,6 +93,9 @@ struct Head {
     pair: String,
     /// By this the source's host knows what the guest has written since.
     version: Option<Version>,
+    /// When a run has last read all.
+    #[serde(default)]
+    scanned: Option<Timestamp>,
 }
 
 /// A replica, and where it is.
@@ -107,6 +112,9 @@ struct Fit {
     reading: Reading,
     versions: Versions,
     options: Options,
+    /// When a run has last read all: before this one, and once it has ended.
+    scanned_before: Option<Timestamp>,
+    scanned: Option<Timestamp>,
     /// Keeps other runs away.
     lock: Guard,
 }
@@ -199,6 +207,53 @@ pub async fn pin(on: &Host, directory: &str, name: &str, stays: bool) -> Result<
         pinned: stays,
         ..point.clone()
     })
+}
+
+/// Removes a replica with all its points. Gives back the names of those.
+///
+/// # Errors
+/// Not found, where there is none; refused, while it is live, or for points that the user wants to
+/// stay, unless `pinned_too`; busy, when a run is at it; when the host cannot be reached.
+pub async fn remove(on: &Hypervisor, directory: &str, pinned_too: bool) -> Result<Vec<String>> {
+    let host = on.host();
+    let is_there = host.names_in(directory).await?.is_some();
+    if !is_there {
+        let message = format!("there is no replica in {directory} on {host}");
+        return Err(Error::new(ErrorCode::NotFound, message));
+    }
+    let lock = lock(host, directory).await?;
+    let mut obstacles = Obstacles::default();
+    if let Some(role) = failover::role(on, directory).await? {
+        obstacles.refused(
+            format!("{} runs on {host} from its replica", role.vm),
+            "\"kvm-clone-ctl replicate failback\" brings it back; \"undo\" gives it up",
+        );
+    }
+    let points = points(host, directory).await?.points;
+    let pinned = points.iter().filter(|point| point.pinned);
+    let pinned: Vec<&str> = pinned.map(|point| point.name.as_str()).collect();
+    if !pinned.is_empty() && !pinned_too {
+        obstacles.refused(
+            format!(
+                "{} of its points are to stay: {}",
+                pinned.len(),
+                pinned.join(", ")
+            ),
+            "\"pin --off\" lets one go, --pinned all of them",
+        );
+    }
+    let found = obstacles.into_found();
+    if let Some(error) = to_error(&found, &format!("cannot remove {directory} on {host}")) {
+        return Err(error);
+    }
+    // Without its name it is a replica no more, whatever becomes of us.
+    let (place, file) = naming::split(directory);
+    let leaving = naming::join(place, &format!(".gone-{file}"));
+    host.tool_output(&["mv", "-T", "--", directory, &leaving], b"")
+        .await?;
+    lock.end().await?;
+    host.remove(std::slice::from_ref(&leaving)).await?;
+    Ok(points.into_iter().map(|point| point.name).collect())
 }
 
 /// The VMs that have replicas at a place.
@@ -358,7 +413,7 @@ async fn run(
     result.consistency = live::consistency(fit.reading, hold.as_ref());
     let copied = Box::pin(copy(context, request, &replica, &fit, result)).await;
     if let Some(hold) = &hold {
-        hold.name_results(&mut result.disks, &mut result.warnings);
+        hold.name_results(&fit.options, &mut result.disks, &mut result.warnings);
     }
     let (small, done) = match copied {
         Ok(small) => (small, Ok(())),
@@ -429,7 +484,7 @@ async fn prepare(
         .live
         .reading(request.quiesce, &source, &mut obstacles)
         .of_contents(&source, &mut obstacles);
-    let options = Options {
+    let mut options = Options {
         method: MethodChoice::Blocksync,
         live: reading.live_read(),
         bandwidth_limit: request.bandwidth_limit,
@@ -455,6 +510,18 @@ async fn prepare(
         return Err(error);
     }
     let head = replica.settle().await?;
+    let now = Timestamp::now();
+    let scanned_before = head.as_ref().and_then(|head| head.scanned);
+    // A clock that was put back does not keep it away.
+    let is_due = |last: Timestamp| {
+        let period = request.full_scan_after;
+        period.is_some_and(|period| now.duration_since(last).abs() >= period)
+    };
+    options.full_scan = scanned_before.is_some_and(is_due);
+    let scanned = match scanned_before {
+        Some(last) if !options.full_scan => Some(last),
+        _ => Some(now),
+    };
     let (pair, version) = match head {
         Some(head) if replica.is_as_left(&head).await? => (Some(head.pair), head.version),
         Some(head) => (Some(head.pair), None),
@@ -476,6 +543,8 @@ async fn prepare(
         reading,
         versions,
         options,
+        scanned_before,
+        scanned,
         lock,
     })
 }
@@ -504,6 +573,8 @@ async fn copy(
         files: BTreeMap::new(),
         pair: fit.versions.pair.clone(),
         version: None,
+        // Unless it ends well, the next one reads all that this one was to read.
+        scanned: fit.scanned_before,
     };
     let before = Box::pin(replica.write(&head));
     let (disks, done) = moves.run(context, &fit.moves, before).await;
@@ -645,6 +716,7 @@ impl Replica {
             files,
             pair: fit.versions.pair.clone(),
             version: Some(fit.versions.becomes.clone()),
+            scanned: fit.scanned,
         })
         .await
     }

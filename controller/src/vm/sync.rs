@@ -107,7 +107,7 @@ async fn sync(
         Box::pin(copy(context, request, &mut fit, result)).await
     };
     if let Some(hold) = &hold {
-        hold.name_results(&mut result.disks, &mut result.warnings);
+        hold.name_results(&fit.options, &mut result.disks, &mut result.warnings);
     }
     live::let_end(hold, done).await?;
     if request.dry_run {

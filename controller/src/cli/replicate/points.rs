@@ -1,4 +1,5 @@
-//! `replicate status`, `points` and `pin`: what there is, and how old it is.
+//! `replicate status`, `points`, `report`, `pin` and `remove`: what there is, how old it is, and
+//! what stays of it.
 
 use std::path::PathBuf;
 
@@ -8,6 +9,7 @@ use serde::Serialize;
 
 use super::{App, File, Named, report, span};
 use crate::error::{Error, ErrorCode, Result};
+use crate::libvirt::Hypervisor;
 use crate::output;
 use crate::replicate::report as page;
 use crate::replicate::status::{LastRun, VmStatus, status};
@@ -48,6 +50,26 @@ pub(in crate::cli) struct Pin {
     /// Let it go again
     #[arg(long)]
     off: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Remove {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// VM
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Points that are to stay go as well
+    #[arg(long)]
+    pinned: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Removed {
+    points: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -103,6 +125,33 @@ pub(super) async fn pin(app: &App, args: &Pin) -> Result<()> {
             ),
         });
         said.collect()
+    })
+}
+
+pub(super) async fn remove(app: &App, args: &Remove) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let mut points = Vec::new();
+    for policy in &policies {
+        let source = Hypervisor::new(context.host(&policy.source), app.connect());
+        let is_followed = policy.is_about(&args.vm)
+            && source
+                .find_domain(&args.vm)
+                .await?
+                .is_some_and(|domain| domain.definition.name() == args.vm);
+        if is_followed {
+            let (vm, name) = (&args.vm, &policy.name);
+            let message = format!("{vm} is on {}, and {name} is about it", policy.source);
+            return Err(Error::new(ErrorCode::Refused, message).hint(format!(
+                "exclude it from {name} first: the replica would be made again"
+            )));
+        }
+        let on = Hypervisor::new(context.host(&policy.destination), app.connect());
+        let directory = policy.directory_of(&args.vm);
+        points.extend(replica::remove(&on, &directory, args.pinned).await?);
+    }
+    report(app, "replicate-remove", Removed { points }, None, |what| {
+        format!("{} points removed\n", what.points.len())
     })
 }
 

@@ -138,7 +138,12 @@ impl Hold {
     }
 
     /// Says of each disk whether all of it was read, or only what libvirt told to be changed.
-    pub(in crate::vm) fn name_results(&self, disks: &mut [DiskResult], warnings: &mut Vec<String>) {
+    pub(in crate::vm) fn name_results(
+        &self,
+        options: &Options,
+        disks: &mut [DiskResult],
+        warnings: &mut Vec<String>,
+    ) {
         let Shows::Export { histories, .. } = &self.shows else {
             return;
         };
@@ -153,7 +158,7 @@ impl Hold {
                 true => Scan::Changes,
                 false => Scan::Full,
             });
-            if is_told && !is_trusted && transfer.success {
+            if is_told && !is_trusted && transfer.success && !options.full_scan {
                 warnings.push(format!(
                     "disk {target}: what was kept of the last sync cannot be used, and all was read"
                 ));

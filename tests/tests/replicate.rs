@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_clone_tests::hypervisor::{Firmware, Vm, alone, mark, records, set_mark};
-use kvm_clone_tests::image::digest;
+use kvm_clone_tests::image::{Piece, digest};
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::wait_for;
 use kvm_clone_tests::replication::{PLACE, Replication};
@@ -162,6 +162,32 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     assert!(run.stderr.contains("its point is left alone"), "{run}");
     assert!(strange.exists());
     std::fs::remove_dir_all(&strange).unwrap();
+
+    // Somebody has encrypted a disk: no older point goes until somebody has looked.
+    let file = a.image("web-1-vda.raw");
+    let text = std::fs::read(&file).unwrap();
+    kvm_clone_tests::image::overwrite(&file, &[Piece::Random(9, text.len() as u64)]);
+    shop.write(&format!(
+        "vms = [\"web-1\"]\nkeep = {{ last = 1 }}\n{EVERY_MINUTE}"
+    ));
+    for _ in 0..2 {
+        let run = shop.run_vm();
+        let why = run["doubt"]["why"].as_str().unwrap();
+        assert!(why.contains("have changed at once"), "{run}");
+        assert_eq!(run["removed"], serde_json::Value::Null, "{run}");
+        expect_state(&shop, "doubtful");
+    }
+    let accept = ["accept", "shop", "web-1"];
+    let accepted = shop.run(&accept).expect_json();
+    assert_eq!(
+        accepted["doubts"].as_array().map(Vec::len),
+        Some(1),
+        "{accepted}"
+    );
+    let run = shop.run_vm();
+    assert!(run["removed"].as_array().map_or(0, Vec::len) > 3, "{run}");
+    expect_state(&shop, "kept");
+    shop.write(&policy);
     let points = shop.points("web-1");
 
     // One is gone, and the other is another VM of the same name.

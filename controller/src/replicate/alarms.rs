@@ -21,6 +21,8 @@ pub enum Kind {
     Gone,
     /// The newest point is older than was promised.
     Late,
+    /// The newest point is so unlike the one before that no older one goes.
+    Doubtful,
     /// The VM runs at its source and from its replica.
     SplitBrain,
 }
@@ -82,7 +84,13 @@ pub struct Alarms {
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Failed, Self::Gone, Self::Late, Self::SplitBrain];
+    const ALL: [Self; 5] = [
+        Self::Failed,
+        Self::Gone,
+        Self::Late,
+        Self::Doubtful,
+        Self::SplitBrain,
+    ];
 
     /// As it is written.
     pub fn name(self) -> &'static str {
@@ -90,6 +98,7 @@ impl Kind {
             Self::Failed => "failed",
             Self::Gone => "gone",
             Self::Late => "late",
+            Self::Doubtful => "doubtful",
             Self::SplitBrain => "split-brain",
         }
     }

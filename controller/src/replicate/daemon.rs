@@ -351,10 +351,17 @@ impl<'a> Daemon<'a> {
             Standing::Live => self.live.insert(job.clone()),
             Standing::Follows | Standing::SplitBrain => self.live.remove(job),
         };
+        let doubt = turn.run.as_ref().and_then(|run| run.doubt.as_ref());
         match error {
-            None => {
-                self.failed.remove(job);
-            }
+            None => match doubt {
+                None => {
+                    self.failed.remove(job);
+                }
+                Some(doubt) => {
+                    let (kind, message) = (Kind::Doubtful, doubt.why.clone());
+                    self.failed.insert(job.clone(), Problem { kind, message });
+                }
+            },
             Some(_) if says_nothing => {}
             Some(error) => {
                 let kind = match turn.standing {

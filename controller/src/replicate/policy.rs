@@ -39,6 +39,9 @@ const KEEP: Keep = Keep {
 /// Bytes that stay free where nothing else is said.
 const MIN_FREE: u64 = 1 << 30;
 
+/// Which share of a disk's data may change at once, where nothing else is said.
+const MAX_CHANGE: f64 = 0.5;
+
 /// How long an alarm stays as it is before it is told again, where nothing else is said.
 const REPEAT: SignedDuration = SignedDuration::from_hours(4);
 
@@ -145,6 +148,8 @@ pub struct Policy {
     pub quiesce: Quiesce,
     /// After so long a run reads all; `None` for never.
     pub full_scan_after: Option<SignedDuration>,
+    /// Which share of a disk's data may change at once, before somebody has to look.
+    pub max_change: f64,
     /// Bytes a second, for each VM.
     pub bandwidth_limit: Option<u64>,
     /// Bytes that stay free on the destination's file system.
@@ -222,6 +227,7 @@ struct Written {
     live: Option<Spanned<String>>,
     quiesce: Option<Spanned<String>>,
     full_scan: Option<Spanned<String>>,
+    max_change: Option<Spanned<String>>,
     bandwidth_limit: Option<Spanned<String>>,
     min_free: Option<Spanned<String>>,
     #[serde(default)]
@@ -454,6 +460,11 @@ impl Reader<'_> {
             written.quiesce.as_ref(),
             "take auto, require or off",
         );
+        let max_change = written.max_change.as_ref();
+        let max_change = max_change.and_then(|written| {
+            let remedy = "take a share of a disk's data, such as 50%";
+            self.parsed("max-change", written, remedy, share)
+        });
         let full_scan_after = self.full_scan(written.full_scan.as_ref());
         let remedy = "take bytes a second, such as 100M";
         let limit: Option<Rate> =
@@ -492,6 +503,7 @@ impl Reader<'_> {
             live,
             quiesce: quiesce.unwrap_or_default(),
             full_scan_after,
+            max_change: max_change.unwrap_or(MAX_CHANGE),
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
             networks: written.networks.clone(),
             test_network: written.test_network.clone(),
@@ -672,6 +684,16 @@ impl Reader<'_> {
     }
 }
 
+/// A share in per cent, of 1 to 100.
+fn share(text: &str) -> Result<f64, ()> {
+    let number = text.trim().strip_suffix('%').ok_or(())?;
+    let number: u8 = number.trim().parse().map_err(drop)?;
+    match number {
+        1..=100 => Ok(f64::from(number) / 100.0),
+        _ => Err(()),
+    }
+}
+
 /// Days of the week: `mon`, `mon-fri`, `sat,sun`.
 fn days(text: &str) -> Result<[bool; 7], ()> {
     let mut days = [false; 7];
@@ -822,6 +844,12 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
             "rpo = \"1h\"\nparallel = 0",
             8,
             "parallel = 0",
+        ),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nmax-change = \"101%\"",
+            8,
+            "101%",
         ),
         (
             "rpo = \"1h\"",

@@ -140,7 +140,7 @@ impl Report {
             let vms = self.vms.iter();
             vms.filter(|vm| wanted.contains(&vm.state)).count()
         };
-        let broken = count(&[State::Late, State::None, State::Gone]);
+        let broken = count(&[State::Late, State::None, State::Gone, State::Doubtful]);
         html! {
             section.tiles {
                 div.tile { b { (self.vms.len()) } "VMs" }
@@ -466,6 +466,7 @@ mod tests {
                 state,
                 age_seconds: Some(now.duration_since(newest).as_secs()),
                 rpo_seconds: 5400,
+                doubt: None,
                 next_run: None,
                 last_run: None,
                 points: vec![point(name); 41 + place],

@@ -16,8 +16,9 @@ use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 use crate::vm::VmResult;
+use crate::vm::doubt::{self, Doubt};
 use crate::vm::failover::{self, Standing};
-use crate::vm::point::Point;
+use crate::vm::point::{Listed, Point};
 use crate::vm::replica;
 
 /// What a run did with one VM.
@@ -37,6 +38,9 @@ pub struct VmRun {
     /// The points that went.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<String>,
+    /// Why none goes until somebody has looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<Doubt>,
 }
 
 /// Which VMs of its policy a run is about.
@@ -226,14 +230,14 @@ async fn make(
         instant: point.as_ref().map(|point| point.manifest.instant),
         point: point.map(|point| point.name),
         removed: Vec::new(),
+        doubt: None,
     };
-    if run.point.is_some() && pruning == Pruning::Wanted {
-        let destination = context.host(&policy.destination);
-        let warnings = &mut run.result.warnings;
-        match prune(&destination, &request.directory, policy, warnings).await {
-            Ok(removed) => run.removed = removed,
-            Err(error) => warnings.push(error.one_line()),
-        }
+    if let Some(point) = run.point.clone() {
+        let on = Hypervisor::new(context.host(&policy.destination), connect);
+        let tidied = tidy(&on, &request.directory, policy, &point, pruning, &mut run).await;
+        run.result
+            .warnings
+            .extend(tidied.err().map(|error| error.one_line()));
     }
     if let Err(error) = recording.and_then(|recording| recording.end(&run)) {
         run.result.warnings.push(error.one_line());
@@ -249,14 +253,38 @@ async fn is_due(on: &Host, directory: &str, policy: &Policy) -> Result<bool> {
     Ok(!policy.is_quiet(now) && policy.schedule.due(newest, now).is_some())
 }
 
+/// After a run has made a point: those that need not stay go, unless it is unlike the one before.
+async fn tidy(
+    on: &Hypervisor,
+    directory: &str,
+    policy: &Policy,
+    point: &str,
+    pruning: Pruning,
+    run: &mut VmRun,
+) -> Result<()> {
+    let listed = replica::points(on.host(), directory).await?;
+    let unlike = doubt::unlike(&run.result, &listed.points, policy.max_change);
+    run.doubt = doubt::raise(on, directory, point, unlike).await?;
+    if let Some(doubt) = &run.doubt {
+        run.result.warnings.push(format!(
+            "no point is removed since {}: {}; \"kvm-clone-ctl replicate accept\" says that this is right",
+            doubt.point, doubt.why
+        ));
+    } else if pruning == Pruning::Wanted {
+        let warnings = &mut run.result.warnings;
+        run.removed = prune(on.host(), directory, policy, listed, warnings).await?;
+    }
+    Ok(())
+}
+
 /// Removes the points that need not stay, and gives back their names.
 async fn prune(
     on: &Host,
     directory: &str,
     policy: &Policy,
+    listed: Listed,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<String>> {
-    let listed = replica::points(on, directory).await?;
     let instants: Vec<Timestamp> = listed.instants().collect();
     warnings.extend(listed.strange);
     let stays = policy
@@ -286,5 +314,6 @@ pub fn failed(policy: &Policy, vm: &str, error: Error) -> VmRun {
         point: None,
         instant: None,
         removed: Vec::new(),
+        doubt: None,
     }
 }

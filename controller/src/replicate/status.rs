@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::history::{Filter, History, Record};
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
+use crate::vm::doubt::{self, Doubt};
 use crate::vm::point::Point;
 use crate::vm::{failover, replica};
 
@@ -32,6 +33,8 @@ pub enum State {
     Gone,
     /// The VM runs from the replica.
     Live,
+    /// The newest point is so unlike the one before that no older one goes.
+    Doubtful,
 }
 
 impl State {
@@ -48,6 +51,7 @@ impl State {
             Self::None => "none",
             Self::Gone => "gone",
             Self::Live => "live",
+            Self::Doubtful => "doubtful",
         }
     }
 }
@@ -71,6 +75,9 @@ pub struct VmStatus {
     /// The last run, as far as the history of this machine knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_run: Option<LastRun>,
+    /// Why no point goes until somebody has looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<Doubt>,
     /// Its points, from the oldest on.
     pub points: Vec<Point>,
 }
@@ -167,9 +174,11 @@ pub async fn status(
         let role = failover::role(&on, &policy.directory_of(vm)).await?;
         let newest = newest(listed.instants(), now);
         let age = newest.map(|instant| now.duration_since(instant));
-        let state = match role {
-            Some(_) => State::Live,
-            None => state(age, policy.rpo, is_gone),
+        let doubt = doubt::doubt(&on, &policy.directory_of(vm)).await?;
+        let state = match (role, state(age, policy.rpo, is_gone)) {
+            (Some(_), _) => State::Live,
+            (None, State::Kept) if doubt.is_some() => State::Doubtful,
+            (None, state) => state,
         };
         let due = newest.map_or(Some(now), |newest| policy.schedule.after(newest));
         let is_run = !matches!(state, State::Live | State::Gone);
@@ -180,6 +189,7 @@ pub async fn status(
             state,
             age_seconds: age.map(|age| age.as_secs()),
             rpo_seconds: policy.rpo.as_secs(),
+            doubt,
             next_run: due.filter(|_| is_run),
             last_run: last.get(&(policy.name.clone(), vm.clone())).cloned(),
             points: listed.points,

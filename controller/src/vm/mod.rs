@@ -18,6 +18,7 @@ mod checks;
 pub mod clone;
 mod container;
 pub mod disk;
+pub mod doubt;
 pub mod failback;
 pub mod failover;
 mod lineage;

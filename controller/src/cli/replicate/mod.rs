@@ -36,6 +36,8 @@ pub(super) enum Command {
     Report(points::Report),
     /// Have a point stay whatever its policy keeps
     Pin(points::Pin),
+    /// Say that a point which is very unlike the one before is right: older ones go again
+    Accept(points::Accept),
     /// Remove the replica of a VM that is no longer to have one, with all its points
     Remove(points::Remove),
     /// Boot copies of points where nobody reaches them, and say how long a failover takes and what it loses
@@ -88,6 +90,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Status(args) => points::show_status(app, &args).await,
         Command::Report(args) => points::write_report(app, &args).await,
         Command::Pin(args) => points::pin(app, &args).await,
+        Command::Accept(args) => points::accept(app, &args).await,
         Command::Remove(args) => points::remove(app, &args).await,
         Command::Test(args) => failover::test(app, &args).await,
         Command::Failover(args) => failover::fail_over(app, *args).await,

@@ -1,5 +1,5 @@
-//! `replicate status`, `points`, `report`, `pin` and `remove`: what there is, how old it is, and
-//! what stays of it.
+//! `replicate status`, `points`, `report`, `pin`, `accept` and `remove`: what there is, how old it
+//! is, and what stays of it.
 
 use std::path::PathBuf;
 
@@ -13,6 +13,7 @@ use crate::libvirt::Hypervisor;
 use crate::output;
 use crate::replicate::report as page;
 use crate::replicate::status::{LastRun, VmStatus, status};
+use crate::vm::doubt::{self, Doubt};
 use crate::vm::point::Point;
 use crate::vm::replica;
 
@@ -50,6 +51,23 @@ pub(in crate::cli) struct Pin {
     /// Let it go again
     #[arg(long)]
     off: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Accept {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// VM
+    #[arg(value_name = "VM")]
+    vm: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Accepted {
+    doubts: Vec<Doubt>,
 }
 
 #[derive(Debug, Args)]
@@ -125,6 +143,25 @@ pub(super) async fn pin(app: &App, args: &Pin) -> Result<()> {
             ),
         });
         said.collect()
+    })
+}
+
+pub(super) async fn accept(app: &App, args: &Accept) -> Result<()> {
+    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let context = app.transfer_context();
+    let mut doubts = Vec::new();
+    for policy in &policies {
+        let on = Hypervisor::new(context.host(&policy.destination), app.connect());
+        doubts.extend(doubt::accept(&on, &policy.directory_of(&args.vm)).await?);
+    }
+    report(app, "replicate-accept", Accepted { doubts }, None, |what| {
+        let doubts = what.doubts.iter();
+        let lines = doubts.map(|doubt| format!("accepted since {}: {}\n", doubt.point, doubt.why));
+        let text: String = lines.collect();
+        match text.is_empty() {
+            true => "nothing is in doubt\n".to_owned(),
+            false => text,
+        }
     })
 }
 

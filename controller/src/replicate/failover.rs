@@ -141,7 +141,7 @@ impl Replicas {
             let planned = planned.as_ref();
             let mut result = failover::failover(context, connect, vm, &request, planned).await;
             if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
-                result.warnings.push(error.one_line());
+                result.outcome.warnings.push(error.one_line());
             }
             results.push(result);
         }
@@ -173,7 +173,7 @@ impl Replicas {
             });
             let mut result = Box::pin(failback::failback(context, connect, &request)).await;
             if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
-                result.warnings.push(error.one_line());
+                result.outcome.warnings.push(error.one_line());
             }
             results.push(result);
         }
@@ -207,7 +207,7 @@ impl Replicas {
             });
             let mut result = Box::pin(rehearse(context, connect, vm, &request)).await;
             if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
-                result.warnings.push(error.one_line());
+                result.outcome.warnings.push(error.one_line());
             }
             results.push(result);
         }

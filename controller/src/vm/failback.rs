@@ -15,7 +15,8 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::failover::{Role, Stop, role, shut_down, take_back};
-use super::obstacle::{Obstacle, Obstacles, to_error};
+use super::obstacle::{Obstacles, to_error};
+use super::outcome::Outcome;
 use super::replica::{self, ReplicaRequest};
 use super::survey::Survey;
 use super::sync::{self, SyncRequest};
@@ -41,10 +42,9 @@ pub struct FailbackRequest {
 /// What became of one VM.
 #[derive(Debug, Serialize)]
 pub struct FailbackResult {
-    /// The VM.
-    pub vm: String,
-    /// Whether it runs at its source.
-    pub success: bool,
+    /// Whether it runs at its source, and what else there is to say.
+    #[serde(flatten)]
+    pub outcome: Outcome,
     /// The point that holds what was on the source's disks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept: Option<String>,
@@ -55,16 +55,6 @@ pub struct FailbackResult {
     /// From the moment that it was asked to shut down until it was started, in seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub down_seconds: Option<f64>,
-    /// From the start of the command to its end.
-    pub duration_seconds: f64,
-    /// What the user ought to know.
-    pub warnings: Vec<String>,
-    /// All that was in the way.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub obstacles: Vec<Obstacle>,
-    /// Why it does not run there.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<Error>,
 }
 
 /// A VM on its way.
@@ -88,22 +78,14 @@ pub async fn failback(
 ) -> FailbackResult {
     let started = Instant::now();
     let mut result = FailbackResult {
-        vm: request.replica.vm.clone(),
-        success: false,
+        outcome: Outcome::of(&request.replica.vm),
         kept: None,
         bytes_changed: 0,
         bytes_wire: 0,
         down_seconds: None,
-        duration_seconds: 0.0,
-        warnings: Vec::new(),
-        obstacles: Vec::new(),
-        error: None,
     };
-    result.error = Box::pin(go(context, connect, request, &mut result))
-        .await
-        .err();
-    result.success = result.error.is_none();
-    result.duration_seconds = started.elapsed().as_secs_f64();
+    let done = Box::pin(go(context, connect, request, &mut result)).await;
+    result.outcome.end(started, done);
     result
 }
 
@@ -132,7 +114,7 @@ async fn go(
     if way.role.autostart {
         let again = way.home.virsh(&["autostart", &uuid]).await;
         let (vm, host) = (&way.role.vm, way.home.host());
-        result.warnings.extend(again.err().map(|why| {
+        result.outcome.warnings.extend(again.err().map(|why| {
             format!(
                 "{vm} does not yet start with {host}, as it did: {}",
                 why.one_line()
@@ -201,7 +183,7 @@ async fn prepare<'a>(
     let at_home = match (at_home, error) {
         (Some(domain), None) => domain,
         (_, error) => {
-            result.obstacles = found;
+            result.outcome.obstacles = found;
             let gone = || Error::new(ErrorCode::Internal, "a VM that is in nobody's way is gone");
             return Err(error.unwrap_or_else(gone));
         }
@@ -229,7 +211,7 @@ impl Way<'_> {
         }
         if self.role.kept.is_none() {
             let request = &self.request.replica;
-            let warnings = &mut result.warnings;
+            let warnings = &mut result.outcome.warnings;
             let kept = replica::keep_source(self.context, self.connect, request, warnings).await;
             let kept = kept.map_err(|error| {
                 let what = "keeping what is on the source's disks as a point";
@@ -272,8 +254,8 @@ impl Way<'_> {
         } = Box::pin(sync::run(self.context, self.connect, &request)).await;
         result.bytes_changed += totals.bytes_changed.unwrap_or(0);
         result.bytes_wire += totals.bytes_wire.unwrap_or(0);
-        result.warnings.extend(warnings);
-        result.obstacles = obstacles;
+        result.outcome.warnings.extend(warnings);
+        result.outcome.obstacles = obstacles;
         error.map_or(Ok(()), Err)
     }
 

@@ -18,7 +18,8 @@ use uuid::Uuid;
 
 use super::checks::{self, Connecting, Destination};
 use super::network::NetworkConfig;
-use super::obstacle::{Obstacle, Obstacles, to_error};
+use super::obstacle::{Obstacles, to_error};
+use super::outcome::Outcome;
 use super::point::{Point, Points};
 use super::replica::{self, ReplicaRequest};
 use super::{naming, result::VmResult, state};
@@ -74,26 +75,15 @@ pub struct Stop {
 /// What became of one VM.
 #[derive(Debug, Serialize)]
 pub struct FailoverResult {
-    /// The VM.
-    pub vm: String,
-    /// Whether it runs.
-    pub success: bool,
+    /// Whether it runs, and what else there is to say.
+    #[serde(flatten)]
+    pub outcome: Outcome,
     /// The point that it was started from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub point: Option<String>,
     /// The age of that, when it was started, in seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_seconds: Option<i64>,
-    /// From the start of the command to its end.
-    pub duration_seconds: f64,
-    /// What the user ought to know.
-    pub warnings: Vec<String>,
-    /// All that was in the way.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub obstacles: Vec<Obstacle>,
-    /// Why it does not run.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<Error>,
 }
 
 /// What is remembered of a replica that is live.
@@ -134,14 +124,9 @@ pub async fn failover(
 ) -> FailoverResult {
     let started = Instant::now();
     let mut result = FailoverResult {
-        vm: vm.to_owned(),
-        success: false,
+        outcome: Outcome::of(vm),
         point: None,
         age_seconds: None,
-        duration_seconds: 0.0,
-        warnings: Vec::new(),
-        obstacles: Vec::new(),
-        error: None,
     };
     let done = match planned {
         None => Box::pin(start(context, connect, request, &mut result)).await,
@@ -156,9 +141,7 @@ pub async fn failover(
             .await
         }
     };
-    result.error = done.err();
-    result.success = result.error.is_none();
-    result.duration_seconds = started.elapsed().as_secs_f64();
+    result.outcome.end(started, done);
     result
 }
 
@@ -243,9 +226,9 @@ async fn start_planned(
             obstacles,
             ..
         } = last;
-        result.warnings.extend(warnings);
+        result.outcome.warnings.extend(warnings);
         if let Some(error) = error {
-            result.obstacles = obstacles;
+            result.outcome.obstacles = obstacles;
             return Err(error);
         }
         Box::pin(start(context, connect, request, result)).await
@@ -256,7 +239,7 @@ async fn start_planned(
         if domain.autostart {
             let on = destination(context, connect, request).await?;
             let disabled = no_longer_start(&source, &uuid, &on, &request.directory).await;
-            result.warnings.push(match disabled {
+            result.outcome.warnings.push(match disabled {
                 Ok(()) => format!("{vm} no longer starts with {host}, until a failback"),
                 Err(why) => format!("{vm} still starts with {host}: {}", why.one_line()),
             });
@@ -327,7 +310,7 @@ async fn look_ahead(
         ..request.clone()
     };
     prepare(context, connect, &on, &request, &point, result).await?;
-    result.warnings.clear();
+    result.outcome.warnings.clear();
     Ok(())
 }
 
@@ -380,7 +363,7 @@ async fn start(
     let on = destination(context, connect, request).await?;
     let directory = &request.directory;
     let point = choose(&on, directory, request.point.as_deref()).await?;
-    result.vm.clone_from(&point.manifest.vm);
+    result.outcome.vm.clone_from(&point.manifest.vm);
     let lock = replica::lock(on.host(), directory).await?;
     let definition = prepare(context, connect, &on, request, &point, result).await?;
     let role = Role {
@@ -476,7 +459,7 @@ async fn prepare(
         );
     }
     let definition = definition_of(on, point).await?;
-    let warnings = &mut result.warnings;
+    let warnings = &mut result.outcome.warnings;
     checks::equipment(&definition, &destination, true, &mut obstacles, warnings).await?;
     let network = with_manifest(&request.network, point);
     let edits = connected(
@@ -494,7 +477,7 @@ async fn prepare(
     }
     let found = obstacles.into_found();
     if let Some(error) = to_error(&found, &format!("cannot start {vm} on {host}")) {
-        result.obstacles = found;
+        result.outcome.obstacles = found;
         return Err(error);
     }
     definition.edited(&edits)

@@ -15,7 +15,8 @@ use uuid::Uuid;
 use super::checks::{self, Destination};
 use super::failover::{choose, connected, definition_of, with_manifest};
 use super::network::{self, NetworkConfig};
-use super::obstacle::{Obstacle, Obstacles, to_error};
+use super::obstacle::{Obstacles, to_error};
+use super::outcome::Outcome;
 use super::point::Point;
 use super::replica;
 use super::{naming, state};
@@ -75,10 +76,9 @@ impl Sign {
 /// What became of one VM.
 #[derive(Debug, Serialize)]
 pub struct RehearsalResult {
-    /// The VM.
-    pub vm: String,
-    /// Whether it lives.
-    pub success: bool,
+    /// Whether it lives, and what else there is to say.
+    #[serde(flatten)]
+    pub outcome: Outcome,
     /// The point that was taken.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub point: Option<String>,
@@ -91,16 +91,6 @@ pub struct RehearsalResult {
     /// What that was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sign: Option<Sign>,
-    /// From the start of the command to its end.
-    pub duration_seconds: f64,
-    /// What the user ought to know.
-    pub warnings: Vec<String>,
-    /// All that was in the way.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub obstacles: Vec<Obstacle>,
-    /// Why it does not live.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<Error>,
 }
 
 /// What is remembered of a rehearsal under way: all that has to go again.
@@ -127,25 +117,18 @@ pub async fn rehearse(
 ) -> RehearsalResult {
     let started = Instant::now();
     let mut result = RehearsalResult {
-        vm: vm.to_owned(),
-        success: false,
+        outcome: Outcome::of(vm),
         point: None,
         rpo_seconds: None,
         rto_seconds: None,
         sign: None,
-        duration_seconds: 0.0,
-        warnings: Vec::new(),
-        obstacles: Vec::new(),
-        error: None,
     };
     let stage = Stage {
         on: Hypervisor::new(context.host(&request.destination), connect),
         directory: &request.directory,
     };
     let done = Box::pin(stage.rehearse(context, request, &mut result)).await;
-    result.error = done.err();
-    result.success = result.error.is_none();
-    result.duration_seconds = started.elapsed().as_secs_f64();
+    result.outcome.end(started, done);
     result
 }
 
@@ -159,7 +142,7 @@ impl Stage<'_> {
         let (began, now) = (Instant::now(), Timestamp::now());
         self.on.host().share().await?;
         let point = choose(&self.on, self.directory, request.point.as_deref()).await?;
-        result.vm.clone_from(&point.manifest.vm);
+        result.outcome.vm.clone_from(&point.manifest.vm);
         result.rpo_seconds = Some(now.duration_since(point.manifest.instant).as_secs_f64());
         result.point = Some(point.name.clone());
         let lock = self.lock().await?;
@@ -175,8 +158,8 @@ impl Stage<'_> {
         let swept = self.sweep().await;
         let sign = done?;
         if sign == Sign::Running {
-            let vm = &result.vm;
-            result.warnings.push(format!(
+            let vm = &result.outcome.vm;
+            result.outcome.warnings.push(format!(
                 "{vm} has no guest agent: it ran, and no more is known"
             ));
         }
@@ -253,7 +236,7 @@ impl Stage<'_> {
             );
         }
         let definition = definition_of(&self.on, &point).await?;
-        let warnings = &mut result.warnings;
+        let warnings = &mut result.outcome.warnings;
         checks::equipment(&definition, &destination, true, &mut obstacles, warnings).await?;
         let mut networks = with_manifest(&request.networks, &point);
         if let Some(isolated) = &request.isolated {
@@ -273,7 +256,7 @@ impl Stage<'_> {
         );
         let found = obstacles.into_found();
         if let Some(error) = to_error(&found, &format!("cannot test {vm} on {host}")) {
-            result.obstacles = found;
+            result.outcome.obstacles = found;
             return Err(error);
         }
         if request.isolated.is_none() {

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use clap::Args;
 use serde::Serialize;
 
-use super::{App, Ended, File, ended, report, result_of, span};
+use super::{App, File, ended, report, result_of, span};
 use crate::cli::options::TimeLimit;
 use crate::endpoint::DiskSpec;
 use crate::error::{Error, Result};
@@ -156,42 +156,34 @@ impl Chosen {
             let replicas = Replicas::in_directory(context, host, directory, &self.vms).await?;
             return Ok((replicas, None));
         }
-        let names: Vec<String> = self.policy.iter().cloned().collect();
-        let policy = self.file.load(app, &names)?.into_iter().next();
-        let policy = policy.ok_or_else(|| Error::usage("a policy, or --from, is needed"))?;
+        let name = self.policy.as_ref();
+        let name = name.ok_or_else(|| Error::usage("a policy, or --from, is needed"))?;
+        let policy = self.file.one(app, name)?;
         let replicas = Replicas::of_policy(context, &policy, &self.vms).await?;
         Ok((replicas, Some(policy)))
     }
 }
 
 pub(super) async fn test(app: &App, args: &Test) -> Result<()> {
-    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let policy = args.file.one(app, &args.policy)?;
     let context = app.transfer_context();
     let (point, TimeLimit(limit)) = (args.point.as_deref(), args.limit);
-    let mut vms = Vec::new();
-    for policy in &policies {
-        let replicas = Replicas::of_policy(&context, policy, &args.vms).await?;
-        let tested = replicas.rehearse(&context, app.connect(), policy, point, limit);
-        vms.extend(tested.await);
-    }
-    let each = vms.iter().map(|vm| Ended {
-        vm: &vm.vm,
-        warnings: &vm.warnings,
-        error: vm.error.as_ref(),
-    });
-    let failed = ended(app, each);
+    let replicas = Replicas::of_policy(&context, &policy, &args.vms).await?;
+    let tested = replicas.rehearse(&context, app.connect(), &policy, point, limit);
+    let vms = tested.await;
+    let failed = ended(app, vms.iter().map(|vm| &vm.outcome));
     report(app, "replicate-test", Tested { vms }, failed, |what| {
         let header = ["VM", "point", "loses", "takes", "sign of life", "result"];
         let mut table = output::table(&header);
         for vm in &what.vms {
             let seconds = |seconds: Option<f64>| seconds.map(|seconds| format!("{seconds:.1} s"));
             table.add_row([
-                output::printable(&vm.vm),
+                output::printable(&vm.outcome.vm),
                 vm.point.clone().unwrap_or_default(),
                 seconds(vm.rpo_seconds).unwrap_or_default(),
                 seconds(vm.rto_seconds).unwrap_or_default(),
                 vm.sign.map_or("", Sign::name).to_owned(),
-                result_of(vm.error.as_ref(), "well"),
+                result_of(&vm.outcome, "well"),
             ]);
         }
         output::table_text(&table)
@@ -219,21 +211,16 @@ pub(super) async fn fail_over(app: &App, args: Failover) -> Result<()> {
     let vms = replicas
         .start(&context, app.connect(), policy.as_ref(), &how)
         .await;
-    let each = vms.iter().map(|vm| Ended {
-        vm: &vm.vm,
-        warnings: &vm.warnings,
-        error: vm.error.as_ref(),
-    });
-    let failed = ended(app, each);
+    let failed = ended(app, vms.iter().map(|vm| &vm.outcome));
     report(app, "replicate-failover", Started { vms }, failed, |what| {
         let mut table = output::table(&["VM", "point", "age", "time", "result"]);
         for vm in &what.vms {
             table.add_row([
-                output::printable(&vm.vm),
+                output::printable(&vm.outcome.vm),
                 vm.point.clone().unwrap_or_default(),
                 vm.age_seconds.map(span).unwrap_or_default(),
-                format!("{:.1} s", vm.duration_seconds),
-                result_of(vm.error.as_ref(), "running"),
+                format!("{:.1} s", vm.outcome.duration_seconds),
+                result_of(&vm.outcome, "running"),
             ]);
         }
         output::table_text(&table)
@@ -241,21 +228,13 @@ pub(super) async fn fail_over(app: &App, args: Failover) -> Result<()> {
 }
 
 pub(super) async fn fail_back(app: &App, args: &Failback) -> Result<()> {
-    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let policy = args.file.one(app, &args.policy)?;
     let context = app.transfer_context();
     let (stop, discards) = (args.stopping.stop(), args.discard_diverged);
-    let mut vms = Vec::new();
-    for policy in &policies {
-        let replicas = Replicas::of_policy(&context, policy, &args.vms).await?;
-        let back = replicas.bring_back(&context, app.connect(), policy, stop, discards);
-        vms.extend(back.await);
-    }
-    let each = vms.iter().map(|vm| Ended {
-        vm: &vm.vm,
-        warnings: &vm.warnings,
-        error: vm.error.as_ref(),
-    });
-    let failed = ended(app, each);
+    let replicas = Replicas::of_policy(&context, &policy, &args.vms).await?;
+    let back = replicas.bring_back(&context, app.connect(), &policy, stop, discards);
+    let vms = back.await;
+    let failed = ended(app, vms.iter().map(|vm| &vm.outcome));
     report(
         app,
         "replicate-failback",
@@ -266,15 +245,12 @@ pub(super) async fn fail_back(app: &App, args: &Failback) -> Result<()> {
             for vm in &what.vms {
                 let down = vm.down_seconds.map(|seconds| format!("{seconds:.1} s"));
                 table.add_row([
-                    output::printable(&vm.vm),
+                    output::printable(&vm.outcome.vm),
                     vm.kept.clone().unwrap_or_default(),
                     output::iec(vm.bytes_wire),
                     down.unwrap_or_default(),
-                    format!("{:.1} s", vm.duration_seconds),
-                    vm.error
-                        .as_ref()
-                        .map_or("running", |error| error.code().name())
-                        .to_owned(),
+                    format!("{:.1} s", vm.outcome.duration_seconds),
+                    result_of(&vm.outcome, "running"),
                 ]);
             }
             output::table_text(&table)

@@ -15,6 +15,7 @@ use super::{App, together};
 use crate::error::{Error, ErrorCode, Result};
 use crate::output;
 use crate::replicate::policy::{self, Policy};
+use crate::vm::outcome::Outcome;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -58,6 +59,19 @@ pub(super) struct File {
     policies: Option<PathBuf>,
 }
 
+/// A VM of a policy.
+#[derive(Debug, Args)]
+pub(super) struct OfPolicy {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// VM
+    #[arg(value_name = "VM")]
+    vm: String,
+}
+
 /// Policies of the file.
 #[derive(Debug, Args)]
 pub(super) struct Named {
@@ -99,10 +113,27 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
     }
 }
 
+impl OfPolicy {
+    /// The policy.
+    fn load(&self, app: &App) -> Result<Policy> {
+        self.file.one(app, &self.policy)
+    }
+}
+
 impl File {
     fn path(&self, app: &App) -> PathBuf {
         let beside = || app.config_file.path().with_file_name("replication.toml");
         self.policies.clone().unwrap_or_else(beside)
+    }
+
+    /// The one of this name.
+    fn one(&self, app: &App, name: &str) -> Result<Policy> {
+        let names = [name.to_owned()];
+        let mut found = self.load(app, &names)?;
+        found.pop().ok_or_else(|| {
+            let message = format!("policy {name} was there just now");
+            Error::new(ErrorCode::Internal, message)
+        })
     }
 
     /// Those of these names; all, without any.
@@ -137,27 +168,21 @@ fn span(seconds: i64) -> String {
     format!("{:#}", SignedDuration::from_secs(seconds))
 }
 
-/// What one of several VMs came to.
-struct Ended<'a> {
-    vm: &'a str,
-    warnings: &'a [String],
-    error: Option<&'a Error>,
-}
-
 /// Tells all warnings, and gives one error for those that failed.
-fn ended<'a>(app: &App, all: impl Iterator<Item = Ended<'a>>) -> Option<Error> {
-    let all: Vec<Ended<'_>> = all.collect();
-    for each in &all {
-        for warning in each.warnings {
-            app.warn(&format!("{}: {warning}", each.vm));
+fn ended<'a>(app: &App, all: impl ExactSizeIterator<Item = &'a Outcome>) -> Option<Error> {
+    let vms = all.len();
+    let mut failed = Vec::new();
+    for outcome in all {
+        for warning in &outcome.warnings {
+            app.warn(&format!("{}: {warning}", outcome.vm));
         }
+        failed.extend(Some(outcome.vm.clone()).zip(outcome.error.as_ref()));
     }
-    let failed = all.iter();
-    let failed = failed.filter_map(|each| Some((each.vm.to_owned(), each.error?)));
-    in_common(failed, all.len())
+    in_common(failed.into_iter(), vms)
 }
 
-fn result_of(error: Option<&Error>, well: &str) -> String {
+fn result_of(outcome: &Outcome, well: &str) -> String {
+    let error = outcome.error.as_ref();
     error.map_or(well, |error| error.code().name()).to_owned()
 }
 

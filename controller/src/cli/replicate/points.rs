@@ -7,7 +7,7 @@ use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{App, File, Named, report, span};
+use super::{App, Named, OfPolicy, report, span};
 use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
 use crate::output;
@@ -38,13 +38,7 @@ pub(in crate::cli) struct Report {
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Pin {
     #[command(flatten)]
-    file: File,
-    /// Policy
-    #[arg(value_name = "POLICY")]
-    policy: String,
-    /// VM
-    #[arg(value_name = "VM")]
-    vm: String,
+    of: OfPolicy,
     /// Point, as "points" shows it
     #[arg(value_name = "POINT")]
     point: String,
@@ -56,13 +50,7 @@ pub(in crate::cli) struct Pin {
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Accept {
     #[command(flatten)]
-    file: File,
-    /// Policy
-    #[arg(value_name = "POLICY")]
-    policy: String,
-    /// VM
-    #[arg(value_name = "VM")]
-    vm: String,
+    of: OfPolicy,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,13 +61,7 @@ struct Accepted {
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Remove {
     #[command(flatten)]
-    file: File,
-    /// Policy
-    #[arg(value_name = "POLICY")]
-    policy: String,
-    /// VM
-    #[arg(value_name = "VM")]
-    vm: String,
+    of: OfPolicy,
     /// Points that are to stay go as well
     #[arg(long)]
     pinned: bool,
@@ -125,14 +107,11 @@ pub(super) async fn points(app: &App, named: &Named) -> Result<()> {
 }
 
 pub(super) async fn pin(app: &App, args: &Pin) -> Result<()> {
-    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
-    let context = app.transfer_context();
-    let mut points = Vec::new();
-    for policy in &policies {
-        let on = context.host(&policy.destination);
-        let directory = policy.directory_of(&args.vm);
-        points.push(replica::pin(&on, &directory, &args.point, !args.off).await?);
-    }
+    let policy = args.of.load(app)?;
+    let on = app.transfer_context().host(&policy.destination);
+    let directory = policy.directory_of(&args.of.vm);
+    let pinned = replica::pin(&on, &directory, &args.point, !args.off).await?;
+    let points = vec![pinned];
     report(app, "replicate-pin", Pinned { points }, None, |what| {
         let points = what.points.iter();
         let said = points.map(|point| match point.pinned {
@@ -147,13 +126,11 @@ pub(super) async fn pin(app: &App, args: &Pin) -> Result<()> {
 }
 
 pub(super) async fn accept(app: &App, args: &Accept) -> Result<()> {
-    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
-    let context = app.transfer_context();
-    let mut doubts = Vec::new();
-    for policy in &policies {
-        let on = Hypervisor::new(context.host(&policy.destination), app.connect());
-        doubts.extend(doubt::accept(&on, &policy.directory_of(&args.vm)).await?);
-    }
+    let policy = args.of.load(app)?;
+    let on = app.transfer_context().host(&policy.destination);
+    let on = Hypervisor::new(on, app.connect());
+    let accepted = doubt::accept(&on, &policy.directory_of(&args.of.vm)).await?;
+    let doubts: Vec<Doubt> = accepted.into_iter().collect();
     report(app, "replicate-accept", Accepted { doubts }, None, |what| {
         let doubts = what.doubts.iter();
         let lines = doubts.map(|doubt| format!("accepted since {}: {}\n", doubt.point, doubt.why));
@@ -166,27 +143,20 @@ pub(super) async fn accept(app: &App, args: &Accept) -> Result<()> {
 }
 
 pub(super) async fn remove(app: &App, args: &Remove) -> Result<()> {
-    let policies = args.file.load(app, std::slice::from_ref(&args.policy))?;
+    let (policy, vm) = (args.of.load(app)?, &args.of.vm);
     let context = app.transfer_context();
-    let mut points = Vec::new();
-    for policy in &policies {
-        let source = Hypervisor::new(context.host(&policy.source), app.connect());
-        let is_followed = policy.is_about(&args.vm)
-            && source
-                .find_domain(&args.vm)
-                .await?
-                .is_some_and(|domain| domain.definition.name() == args.vm);
-        if is_followed {
-            let (vm, name) = (&args.vm, &policy.name);
+    let source = Hypervisor::new(context.host(&policy.source), app.connect());
+    if policy.is_about(vm) {
+        let there = source.find_domain(vm).await?;
+        if there.is_some_and(|domain| domain.definition.name() == vm) {
+            let name = &policy.name;
             let message = format!("{vm} is on {}, and {name} is about it", policy.source);
-            return Err(Error::new(ErrorCode::Refused, message).hint(format!(
-                "exclude it from {name} first: the replica would be made again"
-            )));
+            let hint = format!("exclude it from {name} first: the replica would be made again");
+            return Err(Error::new(ErrorCode::Refused, message).hint(hint));
         }
-        let on = Hypervisor::new(context.host(&policy.destination), app.connect());
-        let directory = policy.directory_of(&args.vm);
-        points.extend(replica::remove(&on, &directory, args.pinned).await?);
     }
+    let on = Hypervisor::new(context.host(&policy.destination), app.connect());
+    let points = replica::remove(&on, &policy.directory_of(vm), args.pinned).await?;
     report(app, "replicate-remove", Removed { points }, None, |what| {
         format!("{} points removed\n", what.points.len())
     })

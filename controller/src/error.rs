@@ -123,6 +123,8 @@ pub struct Error {
     message: String,
     hint: Option<String>,
     cause: Option<Cause>,
+    /// Instead of that of the code, for who starts us by another contract.
+    exit: Option<u8>,
 }
 
 /// What nearly everything here returns.
@@ -136,6 +138,7 @@ impl Error {
             message: message.into(),
             hint: None,
             cause: None,
+            exit: None,
         }
     }
 
@@ -171,6 +174,7 @@ impl Error {
             code,
             message: message.into(),
             hint,
+            exit: self.exit,
             cause: Some(Box::new(self)),
         }
     }
@@ -191,6 +195,7 @@ impl Error {
             message: self.one_line(),
             hint: self.hint.clone(),
             cause: None,
+            exit: self.exit,
         }
     }
 
@@ -201,7 +206,16 @@ impl Error {
 
     /// The exit status of a run that ended with this error.
     pub fn exit_code(&self) -> u8 {
-        self.code.exit_code()
+        self.exit.unwrap_or_else(|| self.code.exit_code())
+    }
+
+    /// The same, with another exit status than that of its code.
+    #[must_use]
+    pub fn exiting_with(self, status: u8) -> Self {
+        Self {
+            exit: Some(status),
+            ..self
+        }
     }
 
     /// What to do about it.

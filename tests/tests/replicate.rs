@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_clone_tests::hypervisor::{Firmware, Vm, alone, mark, records, set_mark};
-use kvm_clone_tests::image::{Piece, digest};
+use kvm_clone_tests::image::{Piece, digest, overwrite};
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::wait_for;
 use kvm_clone_tests::replication::{PLACE, Replication};
@@ -162,32 +162,6 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     assert!(run.stderr.contains("its point is left alone"), "{run}");
     assert!(strange.exists());
     std::fs::remove_dir_all(&strange).unwrap();
-
-    // Somebody has encrypted a disk: no older point goes until somebody has looked.
-    let file = a.image("web-1-vda.raw");
-    let text = std::fs::read(&file).unwrap();
-    kvm_clone_tests::image::overwrite(&file, &[Piece::Random(9, text.len() as u64)]);
-    shop.write(&format!(
-        "vms = [\"web-1\"]\nkeep = {{ last = 1 }}\n{EVERY_MINUTE}"
-    ));
-    for _ in 0..2 {
-        let run = shop.run_vm();
-        let why = run["doubt"]["why"].as_str().unwrap();
-        assert!(why.contains("have changed at once"), "{run}");
-        assert_eq!(run["removed"], serde_json::Value::Null, "{run}");
-        expect_state(&shop, "doubtful");
-    }
-    let accept = ["accept", "shop", "web-1"];
-    let accepted = shop.run(&accept).expect_json();
-    assert_eq!(
-        accepted["doubts"].as_array().map(Vec::len),
-        Some(1),
-        "{accepted}"
-    );
-    let run = shop.run_vm();
-    assert!(run["removed"].as_array().map_or(0, Vec::len) > 3, "{run}");
-    expect_state(&shop, "kept");
-    shop.write(&policy);
     let points = shop.points("web-1");
 
     // One is gone, and the other is another VM of the same name.
@@ -231,6 +205,83 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     let runs = none["runs"].as_array().unwrap();
     let vms: Vec<&str> = runs.iter().map(|run| run["vm"].as_str().unwrap()).collect();
     assert_eq!(vms, ["web-test"], "{none}");
+}
+
+#[test]
+fn nobody_loses_points_to_a_disk_that_is_another_at_once_and_of_what_is_paused_nothing_is_due() {
+    let of_web = format!("vms = [\"web\"]\n{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &of_web) else {
+        return;
+    };
+    let a = &shop.site.a;
+    shop.site.define(a, &Vm::new("web"));
+    shop.run(&["pause"]).expect_code(0);
+    let due = shop.run(&["run", "--due"]).expect_json();
+    assert_eq!(due["runs"].as_array().map(Vec::len), Some(0), "{due}");
+    let paused = shop.run(&["run", "shop"]);
+    paused.expect_failure(5, &["refused"], "is paused since");
+    let resumed = shop.run(&["resume"]).expect_json();
+    assert_eq!(resumed["paused"][0]["policy"], "shop", "{resumed}");
+    // Hooks: one that fails keeps the run from beginning, and the other hears what came of it.
+    let heard = shop.site.controller.home().join("heard");
+    let hooks = |before: &str| {
+        let after = format!("echo $POLICY $VM $RESULT $POINT >> {}", heard.display());
+        shop.write(&format!("before = '{before}'\nafter = '{after}'\n{of_web}"));
+        shop.run(&["run", "shop"])
+    };
+    let kept_back = hooks("echo not now >&2; exit 3");
+    kept_back.expect_failure(1, &["io"], "\"before\" of shop failed");
+    assert!(kept_back.stderr.contains("not now"), "{kept_back}");
+    assert!(!heard.exists() && shop.points("web").is_empty());
+    hooks("test $VM = web").expect_code(0);
+    let point = shop.points("web").remove(0);
+    let point = point.rsplit('/').next().unwrap();
+    let said = std::fs::read_to_string(&heard).unwrap();
+    assert_eq!(said, format!("shop web made {point}\n"));
+    shop.write(&of_web);
+    shop.run_vm();
+
+    // Somebody has encrypted a disk: no older point goes until somebody has looked.
+    let disk = a.image("web-vda.raw");
+    let len = std::fs::metadata(&disk).unwrap().len();
+    overwrite(&disk, &[Piece::Random(9, len)]);
+    shop.write(&format!("keep = {{ last = 1 }}\n{of_web}"));
+    for _ in 0..2 {
+        let run = shop.run_vm();
+        let why = run["doubt"]["why"].as_str().unwrap();
+        assert!(why.contains("have changed at once"), "{run}");
+        assert_eq!(run["removed"], serde_json::Value::Null, "{run}");
+        expect_state(&shop, "doubtful");
+    }
+    let nagios = || {
+        let run = shop.run(&["status", "--nagios"]);
+        (run.code().unwrap(), run.text())
+    };
+    let (code, line) = nagios();
+    assert!(
+        line.starts_with("REPLICATION WARNING - 0 of 1 as promised; shop/web doubtful"),
+        "{line}"
+    );
+    assert_eq!(code, 1);
+    let accepted = shop.run(&["accept", "shop", "web"]).expect_json();
+    let doubts = accepted["doubts"].as_array().map(Vec::len);
+    assert_eq!(doubts, Some(1), "{accepted}");
+    let run = shop.run_vm();
+    assert_eq!(run["removed"].as_array().map(Vec::len), Some(4), "{run}");
+    expect_state(&shop, "kept");
+    let well = "REPLICATION OK - 1 of 1 as promised | kept=1;;;0;1\n";
+    assert_eq!(nagios(), (0, well.to_owned()));
+    a.virsh(&["undefine", "web"]);
+    let (code, line) = nagios();
+    assert!(
+        line.starts_with("REPLICATION CRITICAL - 0 of 1 as promised; shop/web gone"),
+        "{line}"
+    );
+    assert_eq!(code, 2);
+    shop.site.b.run(&["ip", "link", "set", "eth0", "down"]);
+    let (code, line) = nagios();
+    assert!(line.starts_with("REPLICATION UNKNOWN - "), "{line}");
+    assert_eq!(code, 3);
 }
 
 #[test]
@@ -344,6 +395,20 @@ fn a_planned_failover_loses_nothing_and_from_then_on_nothing_is_overwritten() {
     a.virsh(&["start", "busy"]);
     let brain = shop.run(&["run", "--due"]);
     brain.expect_failure(5, &["refused"], "split brain");
+    // The daemon tells somebody, and overwrites neither.
+    let notices = shop.site.controller.home().join("notices");
+    shop.write(&format!(
+        "{policy}[notify]\ncommand = \"cat >> {}\"\n",
+        notices.display()
+    ));
+    let daemon = shop.start_run(&["daemon"]);
+    let told = wait_for("an alarm", PATIENCE, || {
+        std::fs::read_to_string(&notices).ok()
+    });
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait().expect_code(0);
+    assert!(told.contains("\"kind\":\"split-brain\""), "{told}");
+    shop.write(&policy);
     a.virsh(&["destroy", "busy"]);
     let twice = shop.run(&["failover", "shop"]);
     twice.expect_failure(5, &["refused"], "live since");
@@ -504,6 +569,9 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     b.virsh(&["destroy", "web"]);
     shop.run(&["undo", "shop"]).expect_code(0);
     std::fs::remove_file(&shop.policies).unwrap();
+    // As from another machine: nothing is known of what was done.
+    let state = shop.site.controller.home().join(".local/state");
+    std::fs::remove_dir_all(state).unwrap();
     let from = format!("hvB:{PLACE}");
     let failover = |options: &[&str]| {
         let words = [&["failover", "--from", &from], options].concat();
@@ -521,7 +589,17 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     });
     assert!(said.contains(&mark("vda", "one")), "{said}");
     b.virsh(&["destroy", "web"]);
-    shop.run(&["undo", "--from", &format!("{from}/web")])
-        .expect_code(0);
+    let one = format!("{from}/web");
+    shop.run(&["undo", "--from", &one]).expect_code(0);
     assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
+    // What is newer than the one that was taken stays until that is final.
+    failover(&["--source-is-dead", "--point", first]).expect_code(0);
+    let committed = shop.run(&["commit", "--from", &one]).expect_json();
+    let removed = committed["committed"][0]["removed"].clone();
+    assert_eq!(removed.as_array().map(Vec::len), Some(1), "{committed}");
+    b.virsh(&["destroy", "web"]);
+    let undo = shop.run(&["undo", "--from", &one]);
+    undo.expect_code(5);
+    assert!(undo.stderr.contains("was committed"), "{undo}");
+    assert_eq!(b.run(&["ls", &format!("{PLACE}/web/points")]).trim(), first);
 }

@@ -1,6 +1,8 @@
 //! Programs of a hypervisor, one at a time: virsh, qemu-img, stat and their like. A program gets
 //! its arguments as words, never as shell text.
 
+use std::time::Duration;
+
 use super::{Host, Output, quote};
 use crate::error::{Error, ErrorCode, Result};
 
@@ -46,6 +48,44 @@ impl Host {
         }
         let message = format!("\"{}\" failed on {self}", words.join(" "));
         Err(Error::new(ErrorCode::Io, message).caused_by(output.stderr.trim().to_owned()))
+    }
+
+    /// Runs a command that the user has written for a shell, with these variables, as the login itself,
+    /// and waits for its end, not longer than `limit`.
+    ///
+    /// # Errors
+    /// When the host cannot be reached; timeout; io, with what the command complained about, when it
+    /// fails.
+    pub async fn user_command(
+        &self,
+        command: &str,
+        variables: &[(&str, &str)],
+        input: &[u8],
+        limit: Duration,
+    ) -> Result<()> {
+        let variables = variables
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"));
+        let variables: Vec<String> = variables.collect();
+        let mut words = vec!["env"];
+        words.extend(variables.iter().map(String::as_str));
+        words.extend(["sh", "-c", command]);
+        let quoted = quote::command(words.iter().map(|word| word.as_bytes()))?;
+        let script = format!("exec {}", quoted.to_string_lossy());
+        let run = Box::pin(self.run(&script, input, MAX_OUTPUT));
+        let Ok(output) = tokio::time::timeout(limit, run).await else {
+            let limit = humantime::format_duration(limit);
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                format!("it took more than {limit}"),
+            ));
+        };
+        let output = output?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(Error::new(ErrorCode::Io, output.status.to_string())
+                .caused_by(output.stderr.trim().to_owned())),
+        }
     }
 
     /// The words as shell text.

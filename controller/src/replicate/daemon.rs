@@ -28,7 +28,7 @@ use crate::libvirt::Hypervisor;
 use crate::store::Store;
 use crate::transfer::Context;
 use crate::vm::failover::Standing;
-use crate::vm::replica;
+use crate::vm::{pause, replica};
 
 /// How often the VMs of a policy are looked for.
 const LOOK: Duration = Duration::from_secs(60);
@@ -81,7 +81,8 @@ pub enum Said<'a> {
     Warning(String),
 }
 
-/// What was found of a policy.
+/// What was found of a policy; nothing, while it is paused.
+#[derive(Default)]
 struct Found {
     vms: Vec<(String, Option<Timestamp>)>,
     missed: Vec<String>,
@@ -510,6 +511,9 @@ async fn look(context: &Context, connect: &str, policy: &Policy) -> Result<Found
     let source = Hypervisor::new(context.host(&policy.source), connect);
     let on = Hypervisor::new(context.host(&policy.destination), connect);
     let found = run::find(&source, on.host(), policy).await?;
+    if pause::paused(&on, &policy.place()).await?.is_some() {
+        return Ok(Found::default());
+    }
     let now = Timestamp::now();
     let points = replica::newest_points(on.host(), &policy.place()).await?;
     let vms = found.vms.into_iter().map(|vm| {

@@ -13,7 +13,7 @@ use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 use crate::vm::failback::{self, FailbackRequest, FailbackResult};
-use crate::vm::failover::{self, FailoverRequest, FailoverResult, Planned, Role, Stop};
+use crate::vm::failover::{self, Committed, FailoverRequest, FailoverResult, Planned, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::rehearsal::{RehearsalRequest, RehearsalResult, rehearse};
 use crate::vm::replica;
@@ -212,6 +212,19 @@ impl Replicas {
             results.push(result);
         }
         results
+    }
+
+    /// Makes the failovers of those that are live final.
+    ///
+    /// # Errors
+    /// The first that could not be committed; those before it are.
+    pub async fn commit(&self, context: &Context, connect: &str) -> Result<Vec<Committed>> {
+        let on = Hypervisor::new(context.host(&self.destination), connect);
+        let mut committed = Vec::new();
+        for (_, directory) in &self.all {
+            committed.extend(failover::commit(&on, directory).await?);
+        }
+        Ok(committed)
     }
 
     /// Ends the roles of those that are live.

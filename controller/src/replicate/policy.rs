@@ -42,6 +42,9 @@ const MIN_FREE: u64 = 1 << 30;
 /// Which share of a disk's data may change at once, where nothing else is said.
 const MAX_CHANGE: f64 = 0.5;
 
+/// How long a hook may take, where nothing else is said.
+const HOOK_LIMIT: SignedDuration = SignedDuration::from_mins(1);
+
 /// How long an alarm stays as it is before it is told again, where nothing else is said.
 const REPEAT: SignedDuration = SignedDuration::from_hours(4);
 
@@ -164,6 +167,19 @@ pub struct Policy {
     pub delay: SignedDuration,
     /// For a shell: makes sure that a source does not run which cannot be asked.
     pub fence: Option<String>,
+    /// For a shell: what is done before each run of a VM, and after it.
+    pub hooks: Hooks,
+}
+
+/// Commands for the shell of the controller's machine, around each run of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hooks {
+    /// Its failure keeps the run from beginning.
+    pub before: Option<String>,
+    /// Follows every run that began, with what came of it.
+    pub after: Option<String>,
+    /// How long each may take.
+    pub limit: SignedDuration,
 }
 
 /// A part of some days of the week; one that begins later than it ends goes over midnight, and
@@ -237,6 +253,9 @@ struct Written {
     order: Vec<String>,
     delay: Option<Spanned<String>>,
     fence: Option<String>,
+    before: Option<String>,
+    after: Option<String>,
+    hook_limit: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -454,6 +473,8 @@ impl Reader<'_> {
             .unwrap_or(NonZeroUsize::MIN);
         let delay = written.delay.as_ref();
         let delay = delay.and_then(|delay| self.duration("delay", delay));
+        let hook_limit = written.hook_limit.as_ref();
+        let hook_limit = hook_limit.and_then(|limit| self.duration("hook-limit", limit));
         let live = self.live(written.live.as_ref());
         let quiesce = self.optional(
             "quiesce",
@@ -510,6 +531,11 @@ impl Reader<'_> {
             order: written.order.clone(),
             delay: delay.unwrap_or_default(),
             fence: written.fence.clone(),
+            hooks: Hooks {
+                before: written.before.clone(),
+                after: written.after.clone(),
+                limit: hook_limit.unwrap_or(HOOK_LIMIT),
+            },
             min_free: min_free.map_or(MIN_FREE, |Space(bytes)| bytes),
         })
     }
@@ -885,6 +911,12 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
             "absolute",
         ),
         ("rpo = \"1h\"", "rpo = \"1h\"\nrtp = \"2h\"", 8, "rtp"),
+        (
+            "rpo = \"1h\"",
+            "rpo = \"1h\"\nhook-limit = \"0s\"",
+            8,
+            "hook-limit",
+        ),
         (
             "rpo = \"1h\"",
             "rpo = \"1h\"\ndelay = \"a bit\"",

@@ -140,7 +140,13 @@ impl Report {
             let vms = self.vms.iter();
             vms.filter(|vm| wanted.contains(&vm.state)).count()
         };
-        let broken = count(&[State::Late, State::None, State::Gone, State::Doubtful]);
+        let broken = count(&[
+            State::Late,
+            State::None,
+            State::Gone,
+            State::Paused,
+            State::Doubtful,
+        ]);
         html! {
             section.tiles {
                 div.tile { b { (self.vms.len()) } "VMs" }

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::keep::{FromTheFuture, newest};
 use super::policy::Policy;
+use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::history::{Begun, Recording};
 use crate::host::Host;
@@ -18,6 +19,7 @@ use crate::transfer::Context;
 use crate::vm::VmResult;
 use crate::vm::doubt::{self, Doubt};
 use crate::vm::failover::{self, Standing};
+use crate::vm::pause;
 use crate::vm::point::{Listed, Point};
 use crate::vm::replica;
 
@@ -181,6 +183,21 @@ pub async fn one(
     }
     let on = Hypervisor::new(context.host(&policy.destination), connect);
     let directory = policy.directory_of(vm);
+    match pause::paused(&on, &policy.place()).await {
+        Ok(None) => {}
+        Ok(Some(_)) if which != Which::All => return turn,
+        Ok(Some(pause)) => {
+            let message = format!("{} is paused since {}", policy.name, pause.since);
+            let error = Error::new(ErrorCode::Refused, message)
+                .hint("\"kvm-clone-ctl replicate resume\" ends that");
+            turn.run = Some(failed(policy, vm, error));
+            return turn;
+        }
+        Err(error) => {
+            turn.run = Some(failed(policy, vm, error));
+            return turn;
+        }
+    }
     if which != Which::All {
         let source = Hypervisor::new(context.host(&policy.source), connect);
         match failover::standing(&on, &directory, &source).await {
@@ -223,7 +240,12 @@ async fn make(
         source: policy.source.to_string(),
         destination: policy.destination.to_string(),
     });
-    let (result, point) = replica::refresh(context, connect, &request).await;
+    let begun = before(context, policy, vm).await;
+    let has_begun = begun.is_ok();
+    let (result, point) = match begun {
+        Ok(()) => replica::refresh(context, connect, &request).await,
+        Err(error) => (failed(policy, vm, error).result, None),
+    };
     let mut run = VmRun {
         policy: policy.name.clone(),
         result,
@@ -232,6 +254,12 @@ async fn make(
         removed: Vec::new(),
         doubt: None,
     };
+    if has_begun {
+        let after = after(context, policy, vm, run.point.as_deref()).await;
+        run.result
+            .warnings
+            .extend(after.err().map(|error| error.one_line()));
+    }
     if let Some(point) = run.point.clone() {
         let on = Hypervisor::new(context.host(&policy.destination), connect);
         let tidied = tidy(&on, &request.directory, policy, &point, pruning, &mut run).await;
@@ -243,6 +271,36 @@ async fn make(
         run.result.warnings.push(error.one_line());
     }
     run
+}
+
+/// The user's command ahead of a run.
+async fn before(context: &Context, policy: &Policy, vm: &str) -> Result<()> {
+    let Some(command) = &policy.hooks.before else {
+        return Ok(());
+    };
+    let variables = [("POLICY", policy.name.as_str()), ("VM", vm)];
+    let here = context.host(&HostSpec::Local);
+    let limit = policy.hooks.limit.unsigned_abs();
+    let done = here.user_command(command, &variables, b"", limit).await;
+    done.map_err(|error| error.context(format!("\"before\" of {} failed", policy.name)))
+}
+
+/// The user's command behind it.
+async fn after(context: &Context, policy: &Policy, vm: &str, point: Option<&str>) -> Result<()> {
+    let Some(command) = &policy.hooks.after else {
+        return Ok(());
+    };
+    let result = if point.is_some() { "made" } else { "failed" };
+    let variables = [
+        ("POLICY", policy.name.as_str()),
+        ("VM", vm),
+        ("RESULT", result),
+        ("POINT", point.unwrap_or_default()),
+    ];
+    let here = context.host(&HostSpec::Local);
+    let limit = policy.hooks.limit.unsigned_abs();
+    let done = here.user_command(command, &variables, b"", limit).await;
+    done.map_err(|error| error.context(format!("\"after\" of {} failed", policy.name)))
 }
 
 /// Whether a point is due.

@@ -14,7 +14,7 @@ use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 use crate::vm::doubt::{self, Doubt};
 use crate::vm::point::Point;
-use crate::vm::{failover, replica};
+use crate::vm::{failover, pause, replica};
 
 /// How many of the newest runs are looked at for the last of each VM.
 const RUNS: u32 = 20_000;
@@ -33,6 +33,8 @@ pub enum State {
     Gone,
     /// The VM runs from the replica.
     Live,
+    /// It is older, and the policy is paused.
+    Paused,
     /// The newest point is so unlike the one before that no older one goes.
     Doubtful,
 }
@@ -51,6 +53,7 @@ impl State {
             Self::None => "none",
             Self::Gone => "gone",
             Self::Live => "live",
+            Self::Paused => "paused",
             Self::Doubtful => "doubtful",
         }
     }
@@ -69,7 +72,7 @@ pub struct VmStatus {
     pub age_seconds: Option<i64>,
     /// How old that may be.
     pub rpo_seconds: i64,
-    /// When the next one is due; `None` for one that is live or gone.
+    /// When the next one is due; `None` for one that is live, gone or paused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_run: Option<Timestamp>,
     /// The last run, as far as the history of this machine knows.
@@ -166,6 +169,7 @@ pub async fn status(
         warnings.push(error.one_line());
         BTreeMap::new()
     });
+    let is_paused = pause::paused(&on, &policy.place()).await?.is_some();
     let mut all = Vec::new();
     let vms = found.vms.iter().map(|vm| (vm, false));
     for (vm, is_gone) in vms.chain(found.gone.iter().map(|vm| (vm, true))) {
@@ -177,11 +181,12 @@ pub async fn status(
         let doubt = doubt::doubt(&on, &policy.directory_of(vm)).await?;
         let state = match (role, state(age, policy.rpo, is_gone)) {
             (Some(_), _) => State::Live,
+            (None, State::Late) if is_paused => State::Paused,
             (None, State::Kept) if doubt.is_some() => State::Doubtful,
             (None, state) => state,
         };
         let due = newest.map_or(Some(now), |newest| policy.schedule.after(newest));
-        let is_run = !matches!(state, State::Live | State::Gone);
+        let is_run = !is_paused && !matches!(state, State::Live | State::Gone);
         warnings.extend(listed.strange);
         all.push(VmStatus {
             policy: policy.name.clone(),

@@ -32,6 +32,9 @@ use crate::transfer::Context;
 /// The version of the format of `role.json`.
 const FORMAT: u32 = 1;
 
+/// How long a fence may take.
+const FENCE_LIMIT: Duration = Duration::from_mins(2);
+
 /// How often a VM that shuts down is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -112,6 +115,20 @@ pub struct Role {
     /// A failback was about to start the VM at its source: if it runs there, that one counts.
     #[serde(default)]
     pub(super) returning: bool,
+    /// It is not to be undone.
+    #[serde(default)]
+    committed: bool,
+}
+
+/// A failover that is final.
+#[derive(Debug, Serialize)]
+pub struct Committed {
+    /// The VM.
+    pub vm: String,
+    /// The point that it was started from.
+    pub point: String,
+    /// Newer points, which went.
+    pub removed: Vec<String>,
 }
 
 /// Starts a VM from its replica. A failure is part of the result.
@@ -191,9 +208,38 @@ pub async fn undo(on: &Hypervisor, directory: &str) -> Result<Option<Role>> {
     let Some(role) = role(on, directory).await? else {
         return Ok(None);
     };
+    if role.committed {
+        let message = format!("the failover of {} to {} was committed", role.vm, on.host());
+        return Err(Error::new(ErrorCode::Refused, message)
+            .hint("\"kvm-clone-ctl replicate failback\" brings it back, with what it wrote"));
+    }
     take_back(on, directory, &role).await?;
     lock.end().await?;
     Ok(Some(role))
+}
+
+/// Makes a failover final: points that are newer than the one that was taken go, but for those that
+/// are pinned, and it can no longer be undone. Gives back what was done; `None` where nothing is live.
+///
+/// # Errors
+/// Busy, when a run is at the replica; when the host cannot be asked.
+pub async fn commit(on: &Hypervisor, directory: &str) -> Result<Option<Committed>> {
+    let Some(mut role) = role(on, directory).await? else {
+        return Ok(None);
+    };
+    let listed = Points::of(on.host(), directory).list().await?;
+    let newer = listed
+        .points
+        .into_iter()
+        .filter(|point| point.name > role.point);
+    let newer: Vec<Point> = newer.collect();
+    role.committed = true;
+    role.write(on, directory).await?;
+    Ok(Some(Committed {
+        vm: role.vm,
+        point: role.point,
+        removed: replica::remove_points(on.host(), directory, &newer).await?,
+    }))
 }
 
 fn note(directory: &str) -> String {
@@ -377,6 +423,7 @@ async fn start(
         autostart: false,
         kept: None,
         returning: false,
+        committed: false,
     };
     role.write(&on, directory).await?;
     let started = Box::pin(bring_up(&on, directory, &point, &definition)).await;
@@ -565,28 +612,15 @@ async fn check_source(
             match fence {
                 None => obstacles.refused(unknown, hint),
                 Some(fence) => {
-                    if let Err(why) = run_fence(context, fence, source, vm).await {
+                    let here = context.host(&HostSpec::Local);
+                    let variables = [("SOURCE", source.as_str()), ("VM", vm.as_str())];
+                    let fenced = here.user_command(fence, &variables, b"", FENCE_LIMIT);
+                    if let Err(why) = fenced.await {
                         let why = why.one_line();
                         obstacles.refused(format!("{unknown}, and the fence failed: {why}"), hint);
                     }
                 }
             }
-        }
-    }
-}
-
-/// Has a fence make sure that a source does not run.
-async fn run_fence(context: &Context, fence: &str, source: &str, vm: &str) -> Result<()> {
-    let variables = [format!("SOURCE={source}"), format!("VM={vm}")];
-    let [of_source, of_vm] = &variables;
-    let words = ["env", of_source, of_vm, "sh", "-c", fence];
-    let here = context.host(&HostSpec::Local);
-    let output = here.tool(&words, b"").await?;
-    match output.status.success() {
-        true => Ok(()),
-        false => {
-            Err(Error::new(ErrorCode::Io, output.status.to_string())
-                .caused_by(output.stderr.trim()))
         }
     }
 }

@@ -29,6 +29,7 @@ mod obstacle;
 pub mod outcome;
 mod overlays;
 mod pairs;
+pub mod pause;
 mod plan;
 pub mod point;
 mod record;

@@ -1,4 +1,4 @@
-//! `replicate test`, `failover`, `failback` and `undo`: VMs that run from their replicas.
+//! `replicate test`, `failover`, `failback`, `commit` and `undo`: VMs that run from their replicas.
 
 use std::ffi::OsString;
 
@@ -14,7 +14,7 @@ use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT};
 use crate::replicate::policy::Policy;
 use crate::transfer::Context;
 use crate::vm::failback::FailbackResult;
-use crate::vm::failover::{FailoverResult, Role, Stop};
+use crate::vm::failover::{Committed, FailoverResult, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::rehearsal::{RehearsalResult, Sign};
 
@@ -117,6 +117,12 @@ pub(in crate::cli) struct Failback {
 }
 
 #[derive(Debug, Args)]
+pub(in crate::cli) struct Commit {
+    #[command(flatten)]
+    chosen: Chosen,
+}
+
+#[derive(Debug, Args)]
 pub(in crate::cli) struct Undo {
     #[command(flatten)]
     chosen: Chosen,
@@ -135,6 +141,11 @@ struct Tested {
 #[derive(Debug, Serialize)]
 struct Returned {
     vms: Vec<FailbackResult>,
+}
+
+#[derive(Debug, Serialize)]
+struct Final {
+    committed: Vec<Committed>,
 }
 
 #[derive(Debug, Serialize)]
@@ -258,6 +269,32 @@ pub(super) async fn fail_back(app: &App, args: &Failback) -> Result<()> {
     )
 }
 
+pub(super) async fn commit(app: &App, args: &Commit) -> Result<()> {
+    let context = app.transfer_context();
+    let (replicas, _) = args.chosen.find(app, &context).await?;
+    let committed = replicas.commit(&context, app.connect()).await?;
+    let what = Final { committed };
+    report(app, "replicate-commit", what, None, |what| {
+        let all = what.committed.iter();
+        let lines = all.map(|each| {
+            let Committed { vm, point, removed } = each;
+            format!(
+                "{vm} stays with {point}; {} newer points removed\n",
+                removed.len()
+            )
+        });
+        some_or_nothing(lines.collect())
+    })
+}
+
+/// What was done, if anything was.
+fn some_or_nothing(text: String) -> String {
+    match text.is_empty() {
+        true => "nothing is live\n".to_owned(),
+        false => text,
+    }
+}
+
 pub(super) async fn undo(app: &App, args: &Undo) -> Result<()> {
     let context = app.transfer_context();
     let (replicas, _) = args.chosen.find(app, &context).await?;
@@ -265,10 +302,6 @@ pub(super) async fn undo(app: &App, args: &Undo) -> Result<()> {
     report(app, "replicate-undo", Undone { undone }, None, |what| {
         let lines = what.undone.iter();
         let lines = lines.map(|role| format!("{} follows {} again\n", role.vm, role.source));
-        let text: String = lines.collect();
-        match text.is_empty() {
-            true => "nothing is live\n".to_owned(),
-            false => text,
-        }
+        some_or_nothing(lines.collect())
     })
 }

@@ -29,6 +29,10 @@ pub(super) enum Command {
     Daemon(run::Daemon),
     /// Write units for systemd: the daemon, or a timer for "run --due"
     Systemd(policies::Systemd),
+    /// Have nothing replicated by policies, from whichever controller, until "resume"
+    Pause(Named),
+    /// End the pause of policies
+    Resume(Named),
     /// List the points that there are
     Points(Named),
     /// Say how old the newest points are, against what was promised
@@ -47,6 +51,8 @@ pub(super) enum Command {
     Failover(Box<failover::Failover>),
     /// Bring VMs that run from their replicas back to their source, with what they wrote
     Failback(failover::Failback),
+    /// Make failovers final: points that are newer than those taken go, and there is no undo
+    Commit(failover::Commit),
     /// Take back failovers whose VMs are off: they are undefined there, and what they wrote is lost
     Undo(failover::Undo),
 }
@@ -100,6 +106,8 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Run(args) => run::run_policies(app, args).await,
         Command::Daemon(args) => run::daemon(app, &args).await,
         Command::Systemd(args) => policies::systemd(app, &args),
+        Command::Pause(named) => policies::pause(app, &named).await,
+        Command::Resume(named) => policies::resume(app, &named).await,
         Command::Points(named) => points::points(app, &named).await,
         Command::Status(args) => points::show_status(app, &args).await,
         Command::Report(args) => points::write_report(app, &args).await,
@@ -109,6 +117,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Test(args) => failover::test(app, &args).await,
         Command::Failover(args) => failover::fail_over(app, *args).await,
         Command::Failback(args) => failover::fail_back(app, &args).await,
+        Command::Commit(args) => failover::commit(app, &args).await,
         Command::Undo(args) => failover::undo(app, &args).await,
     }
 }

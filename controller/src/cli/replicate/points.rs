@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
 use crate::output;
 use crate::replicate::report as page;
-use crate::replicate::status::{LastRun, VmStatus, status};
+use crate::replicate::status::{LastRun, State, VmStatus, status};
 use crate::vm::doubt::{self, Doubt};
 use crate::vm::point::Point;
 use crate::vm::replica;
@@ -24,6 +24,9 @@ pub(in crate::cli) struct Status {
     /// End with exit status 1 when a promise is not kept
     #[arg(long)]
     exit_code: bool,
+    /// Print one line, and end with 0 to 3, as Nagios and Icinga expect of a plugin
+    #[arg(long, conflicts_with = "exit_code")]
+    nagios: bool,
 }
 
 #[derive(Debug, Args)]
@@ -163,6 +166,9 @@ pub(super) async fn remove(app: &App, args: &Remove) -> Result<()> {
 }
 
 pub(super) async fn show_status(app: &App, args: &Status) -> Result<()> {
+    if args.nagios {
+        return nagios(look(app, &args.named).await);
+    }
     let vms = look(app, &args.named).await?;
     let not_kept = vms.iter().filter(|vm| !vm.state.is_well()).count();
     let failed = (args.exit_code && not_kept > 0).then(|| {
@@ -172,6 +178,46 @@ pub(super) async fn show_status(app: &App, args: &Status) -> Result<()> {
     report(app, "replicate-status", Vms { vms }, failed, |what| {
         status_table(&what.vms)
     })
+}
+
+/// The contract of plugins: <https://www.monitoring-plugins.org/doc/guidelines.html>.
+fn nagios(vms: Result<Vec<VmStatus>>) -> Result<()> {
+    let vms = match vms {
+        Ok(vms) => vms,
+        Err(error) => {
+            let line = output::printable(&error.one_line());
+            output::to_stdout(format!("REPLICATION UNKNOWN - {line}\n"))?;
+            return Err(error.exiting_with(3));
+        }
+    };
+    let mut ill: Vec<&VmStatus> = vms.iter().filter(|vm| !vm.state.is_well()).collect();
+    let is_warning = |vm: &&VmStatus| matches!(vm.state, State::Paused | State::Doubtful);
+    ill.sort_by_key(is_warning);
+    let (name, status) = match ill.first() {
+        None => ("OK", 0),
+        Some(first) if is_warning(first) => ("WARNING", 1),
+        Some(_) => ("CRITICAL", 2),
+    };
+    let each = ill.iter().map(|vm| {
+        let age = vm.age_seconds.map(|age| format!(" {}", span(age)));
+        let (policy, vm_name, state) = (&vm.policy, &vm.vm, vm.state.name());
+        format!("; {policy}/{vm_name} {state}{}", age.unwrap_or_default())
+    });
+    let (well, all) = (vms.len() - ill.len(), vms.len());
+    let line = format!(
+        "REPLICATION {name} - {well} of {all} as promised{}",
+        each.collect::<String>()
+    );
+    // What is behind the bar is for machines.
+    let line = output::printable(&line).replace('|', "?");
+    output::to_stdout(format!("{line} | kept={well};;;0;{all}\n"))?;
+    match status {
+        0 => Ok(()),
+        status => {
+            let message = format!("{} of {all} promises are not kept", ill.len());
+            Err(Error::new(ErrorCode::Partial, message).exiting_with(status))
+        }
+    }
 }
 
 pub(super) async fn write_report(app: &App, args: &Report) -> Result<()> {

@@ -1,17 +1,21 @@
-//! `replicate init`, `check` and `systemd`: all that is around the policies themselves.
+//! `replicate init`, `check`, `systemd`, `pause` and `resume`: all that is around the policies
+//! themselves.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{App, File, Named, report};
 use crate::error::{Error, ErrorCode, Result};
+use crate::libvirt::Hypervisor;
 use crate::output;
 use crate::replicate::check::{Checked, check};
 use crate::replicate::policy::TEMPLATE;
 use crate::replicate::systemd::{self as units, Wanted};
+use crate::vm::pause::{self, Pause};
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Systemd {
@@ -26,6 +30,17 @@ pub(in crate::cli) struct Systemd {
     /// Write the units into this directory, such as /etc/systemd/system [default: print them]
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+struct Paused {
+    policy: String,
+    since: Timestamp,
+}
+
+#[derive(Debug, Serialize)]
+struct Pauses {
+    paused: Vec<Paused>,
 }
 
 #[derive(Debug, Serialize)]
@@ -80,6 +95,45 @@ pub(super) async fn check_policies(app: &App, named: &Named) -> Result<()> {
             }
         }
         text
+    })
+}
+
+pub(super) async fn pause(app: &App, named: &Named) -> Result<()> {
+    let context = app.transfer_context();
+    let mut paused = Vec::new();
+    for policy in named.file.load(app, &named.names)? {
+        let on = Hypervisor::new(context.host(&policy.destination), app.connect());
+        let Pause { since, .. } = pause::pause(&on, &policy.place()).await?;
+        let policy = policy.name;
+        paused.push(Paused { policy, since });
+    }
+    report(app, "replicate-pause", Pauses { paused }, None, |what| {
+        let paused = what.paused.iter();
+        let lines =
+            paused.map(|Paused { policy, since }| format!("{policy} is paused since {since}\n"));
+        lines.collect()
+    })
+}
+
+pub(super) async fn resume(app: &App, named: &Named) -> Result<()> {
+    let context = app.transfer_context();
+    let mut paused = Vec::new();
+    for policy in named.file.load(app, &named.names)? {
+        let on = Hypervisor::new(context.host(&policy.destination), app.connect());
+        if let Some(Pause { since, .. }) = pause::resume(&on, &policy.place()).await? {
+            let policy = policy.name;
+            paused.push(Paused { policy, since });
+        }
+    }
+    report(app, "replicate-resume", Pauses { paused }, None, |what| {
+        let paused = what.paused.iter();
+        let lines =
+            paused.map(|Paused { policy, since }| format!("{policy} was paused since {since}\n"));
+        let text: String = lines.collect();
+        match text.is_empty() {
+            true => "nothing was paused\n".to_owned(),
+            false => text,
+        }
     })
 }
 

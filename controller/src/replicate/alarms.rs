@@ -2,7 +2,7 @@
 //! when it gets worse, and when it is over. They are kept, so that a daemon that starts again does
 //! not tell of what was told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
@@ -81,6 +81,8 @@ struct Raised {
 pub struct Alarms {
     store: Store,
     raised: BTreeMap<Job, Raised>,
+    /// Of whom the store does not know yet what is so.
+    unsaved: BTreeSet<Job>,
 }
 
 impl Kind {
@@ -145,7 +147,11 @@ impl Alarms {
                 Some((job, raised))
             });
         let raised = raised.collect();
-        Ok(Self { store, raised })
+        Ok(Self {
+            store,
+            raised,
+            unsaved: BTreeSet::new(),
+        })
     }
 
     /// Whether there is none.
@@ -159,20 +165,14 @@ impl Alarms {
     }
 
     /// What is wrong with a VM now, if anything is; gives back what is to be told of that.
-    ///
-    /// # Errors
-    /// When it cannot be kept.
     pub fn judge(
         &mut self,
         job: &Job,
         problem: Option<&Problem>,
         now: Timestamp,
         repeat: SignedDuration,
-    ) -> Result<Option<Notice>> {
-        let before = self.raised.get(job);
-        let Some((event, after)) = judge(before, problem, now, repeat) else {
-            return Ok(None);
-        };
+    ) -> Option<Notice> {
+        let (event, after) = judge(self.raised.get(job), problem, now, repeat)?;
         let notice = Notice {
             event,
             kind: after.kind,
@@ -181,24 +181,41 @@ impl Alarms {
             message: after.message.clone(),
             raised_at: after.raised_at,
         };
-        if event == Event::Over {
-            let sql = "DELETE FROM alarm WHERE policy = ? AND vm = ?";
-            self.store.change(sql, (&job.policy, &job.vm))?;
-            self.raised.remove(job);
-        } else {
-            let sql = "INSERT INTO alarm (policy, vm, kind, message, raised_at, told_at)
-                       VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-                       ON CONFLICT (policy, vm) DO UPDATE
-                       SET kind = ?3, message = ?4, raised_at = ?5, told_at = ?6";
-            let times = [after.raised_at, after.told_at].map(|time| time.to_string());
-            let [raised_at, told_at] = &times;
-            let names = (&job.policy, &job.vm, after.kind.name(), &after.message);
-            let (policy, vm, kind, message) = names;
-            self.store
-                .change(sql, (policy, vm, kind, message, raised_at, told_at))?;
-            self.raised.insert(job.clone(), after);
+        match event {
+            Event::Over => self.raised.remove(job),
+            Event::Raised | Event::Worse | Event::Still => self.raised.insert(job.clone(), after),
+        };
+        self.unsaved.insert(job.clone());
+        Some(notice)
+    }
+
+    /// Keeps what has changed for a daemon that comes after this one.
+    ///
+    /// # Errors
+    /// When it cannot be written; the next call tries again.
+    pub fn save(&mut self) -> Result<()> {
+        while let Some(job) = self.unsaved.first() {
+            let Job { policy, vm } = job;
+            match self.raised.get(job) {
+                None => {
+                    let sql = "DELETE FROM alarm WHERE policy = ? AND vm = ?";
+                    self.store.change(sql, (policy, vm))?;
+                }
+                Some(raised) => {
+                    let sql = "INSERT INTO alarm (policy, vm, kind, message, raised_at, told_at)
+                               VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                               ON CONFLICT (policy, vm) DO UPDATE
+                               SET kind = ?3, message = ?4, raised_at = ?5, told_at = ?6";
+                    let [raised_at, told_at] =
+                        [raised.raised_at, raised.told_at].map(|time| time.to_string());
+                    let kind = raised.kind.name();
+                    let values = (policy, vm, kind, &raised.message, raised_at, told_at);
+                    self.store.change(sql, values)?;
+                }
+            }
+            self.unsaved.pop_first();
         }
-        Ok(Some(notice))
+        Ok(())
     }
 }
 
@@ -273,8 +290,9 @@ mod tests {
         ];
         for (second, problem, told) in steps {
             let judged = alarms.judge(&job, problem.as_ref(), at(second), REPEAT);
-            let event = judged.unwrap().map(|notice| notice.event);
+            let event = judged.map(|notice| notice.event);
             assert_eq!(event, told, "at {second}");
+            alarms.save().unwrap();
             // As if the daemon were another one each time.
             alarms = Alarms::of(Store::at(&path).unwrap()).unwrap();
         }

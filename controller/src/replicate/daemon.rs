@@ -128,8 +128,11 @@ struct Daemon<'a> {
     /// When each policy is looked at next.
     looks: BTreeMap<String, Instant>,
     beat: Instant,
+    /// When the lease and the figures are renewed.
+    tick: Instant,
     clock: Reference,
     believed: bool,
+    warned: Option<String>,
     tasks: JoinSet<Done>,
     about: HashMap<Id, Task>,
 }
@@ -146,8 +149,17 @@ pub async fn run(around: &Surroundings<'_>) -> Result<()> {
     let mut daemon = Daemon::new(around, policies)?;
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     while !around.cancelled.is_cancelled() {
-        lease.renew()?;
-        daemon.step()?;
+        if Instant::now() >= daemon.tick {
+            daemon.tick = Instant::now() + TICK;
+            match lease.renew() {
+                // That the store fails keeps nobody's points from being made.
+                Err(error) if error.code() != ErrorCode::Busy => daemon.warn(error.one_line()),
+                renewed => renewed?,
+            }
+            daemon.look_at_clock();
+            daemon.write_metrics();
+        }
+        daemon.step();
         let pause = daemon.pause();
         tokio::select! {
             Some(done) = daemon.tasks.join_next_with_id() => daemon.done(done),
@@ -181,39 +193,49 @@ impl<'a> Daemon<'a> {
             seen: BTreeSet::new(),
             looks: BTreeMap::new(),
             beat: Instant::now() + BEAT,
+            tick: Instant::now(),
             clock: Reference::now(),
             believed: true,
+            warned: None,
             tasks: JoinSet::new(),
             about: HashMap::new(),
         })
     }
 
     /// Does what there is to do now.
-    fn step(&mut self) -> Result<()> {
+    fn step(&mut self) {
         let now = Timestamp::now();
-        self.look_at_clock();
-        for policy in self.policies.all.clone() {
+        let is_due = |policy: &&Policy| {
             let next = self.looks.get(&policy.name);
-            if next.is_none_or(|next| *next <= Instant::now()) {
-                self.looks
-                    .insert(policy.name.clone(), Instant::now() + LOOK);
-                self.look(policy);
-            }
+            next.is_none_or(|next| *next <= Instant::now())
+        };
+        let due = self.policies.all.iter().filter(is_due);
+        let due: Vec<Policy> = due.cloned().collect();
+        for policy in due {
+            let next = Instant::now() + LOOK;
+            self.looks.insert(policy.name.clone(), next);
+            self.look(policy);
         }
         for (job, policy) in self.scheduler.start(now) {
             self.start(job, policy);
         }
-        self.judge(now)?;
+        self.judge(now);
         if Instant::now() >= self.beat {
             self.beat = Instant::now() + BEAT;
             self.heartbeat();
         }
-        self.write_metrics();
         let (running, waiting) = self.scheduler.load();
         let alarms = self.alarms.jobs().len();
         let status = format!("{running} run, {waiting} wait, {alarms} alarms");
         let _ = sd_notify::notify(&[NotifyState::Watchdog, NotifyState::Status(&status)]);
-        Ok(())
+    }
+
+    /// Warns of something, once as long as it stays so.
+    fn warn(&mut self, warning: String) {
+        if self.warned.as_ref() != Some(&warning) {
+            self.warned = Some(warning.clone());
+            (self.around.say)(&Said::Warning(warning));
+        }
     }
 
     /// How long there is nothing to do, unless a task ends.
@@ -287,7 +309,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn looked(&mut self, policy: &str, found: Result<Found>) {
-        if self.around.cancelled.is_cancelled() {
+        if self.around.cancelled.is_cancelled() || !self.has(policy) {
             return;
         }
         let nobody = Job {
@@ -335,6 +357,11 @@ impl<'a> Daemon<'a> {
         }
     }
 
+    /// Whether a policy is in the file still.
+    fn has(&self, policy: &str) -> bool {
+        self.policies.all.iter().any(|of| of.name == policy)
+    }
+
     fn ran(&mut self, job: &Job, policy: &Arc<Policy>, turn: &Turn) {
         let error = turn.run.as_ref().and_then(|run| run.result.error.as_ref());
         // Another controller is at it, or the user stopped us: neither says anything of the VM.
@@ -363,7 +390,7 @@ impl<'a> Daemon<'a> {
                     self.failed.insert(job.clone(), Problem { kind, message });
                 }
             },
-            Some(_) if says_nothing => {}
+            Some(_) if says_nothing || !self.has(&job.policy) => {}
             Some(error) => {
                 let kind = match turn.standing {
                     Standing::SplitBrain => Kind::SplitBrain,
@@ -381,7 +408,7 @@ impl<'a> Daemon<'a> {
     }
 
     /// Raises alarms, and ends those that are over.
-    fn judge(&mut self, now: Timestamp) -> Result<()> {
+    fn judge(&mut self, now: Timestamp) {
         let mut problems = self.missed.clone();
         problems.extend(self.failed.clone());
         for (job, age) in self.scheduler.late(now) {
@@ -409,21 +436,19 @@ impl<'a> Daemon<'a> {
                 continue;
             }
             let repeat = self.policies.notify.repeat;
-            if let Some(notice) = self.alarms.judge(&job, problem, now, repeat)? {
+            if let Some(notice) = self.alarms.judge(&job, problem, now, repeat) {
                 self.tell(notice);
             }
         }
-        Ok(())
+        if let Err(error) = self.alarms.save() {
+            self.warn(error.one_line());
+        }
     }
 
     /// Whether it is known by now how a VM is: after a start there are alarms of which nobody has
     /// looked yet whether they are over.
     fn knows(&self, job: &Job) -> bool {
-        let is_wanted = self
-            .policies
-            .all
-            .iter()
-            .any(|policy| policy.name == job.policy);
+        let is_wanted = self.has(&job.policy);
         let is_there = || self.scheduler.all().any(|(of, ..)| of == job);
         !is_wanted || self.turned.contains(job) || (self.seen.contains(&job.policy) && !is_there())
     }
@@ -487,7 +512,7 @@ impl<'a> Daemon<'a> {
         self.believed = is_steady;
     }
 
-    fn write_metrics(&self) {
+    fn write_metrics(&mut self) {
         let Some(path) = self.around.metrics else {
             return;
         };
@@ -500,8 +525,9 @@ impl<'a> Daemon<'a> {
             };
             (job, measured)
         });
-        if let Err(error) = self.metrics.write(path, all, self.scheduler.load()) {
-            (self.around.say)(&Said::Warning(error.one_line()));
+        let written = self.metrics.write(path, all, self.scheduler.load());
+        if let Err(error) = written {
+            self.warn(error.one_line());
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvm_clone_tests::hypervisor::{Firmware, Vm, alone, mark, records, set_mark};
 use kvm_clone_tests::image::{Piece, digest, overwrite};
 use kvm_clone_tests::mount::Kind;
-use kvm_clone_tests::process::wait_for;
+use kvm_clone_tests::process::{tool, wait_for};
 use kvm_clone_tests::replication::{PLACE, Replication};
 use nix::sys::signal::Signal;
 
@@ -529,6 +529,91 @@ fn a_failback_brings_what_was_written_home_and_keeps_what_was_there() {
     assert_eq!(pinned, [kept.as_str()]);
     a.assert_tidy();
     b.assert_tidy();
+}
+
+#[test]
+fn of_400_days_those_points_stay_that_were_promised_each_byte_for_byte() {
+    let keep = "keep = { daily = 7, monthly = 6 }\n";
+    let policy = format!("vms = [\"web\"]\n{keep}{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+        return;
+    };
+    shop.site.define(&shop.site.a, &Vm::new("web"));
+    shop.run_vm();
+    let first = shop.points("web").remove(0);
+    let mut days = Vec::new();
+    for day in 1..=400 {
+        let ago = format!("{day} days ago");
+        let words = ["-u", "-d", &ago, "+%Y-%m-%dT12:00:00Z"];
+        let instant = tool("date", words).trim().to_owned();
+        let name = instant.replace(['-', ':'], "");
+        let (from, to) = (
+            shop.file(&first, ""),
+            shop.file(&first, &format!("../{name}")),
+        );
+        let [from, to] = [&from, &to].map(|path| path.as_os_str());
+        tool(
+            "cp",
+            ["-rT".as_ref(), "--reflink=always".as_ref(), from, to],
+        );
+        let path = format!("{PLACE}/web/points/{name}");
+        let manifest = shop.file(&path, "manifest.json");
+        let text = std::fs::read_to_string(&manifest).unwrap();
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json["instant"] = instant.into();
+        // As it is written: a field a line.
+        let text = serde_json::to_string_pretty(&json).unwrap();
+        std::fs::write(&manifest, text).unwrap();
+        set_mark(&shop.file(&path, "vda.raw"), &name);
+        days.push((digest(&shop.file(&path, "vda.raw")), path));
+    }
+    let run = shop.run_vm();
+    let newest = format!("{PLACE}/web/points/{}", run["point"].as_str().unwrap());
+    // Seven days with today, and the last day of each of the five months before this one.
+    let month = |path: &str| path.rsplit('/').next().unwrap()[..6].to_owned();
+    let mut months = vec![month(&newest)];
+    let mut stays = vec![newest.clone()];
+    for (at, (_, path)) in days.iter().enumerate() {
+        let is_last = !months.contains(&month(path)) && months.len() < 6;
+        if is_last {
+            months.push(month(path));
+        }
+        if at < 6 || is_last {
+            stays.push(path.clone());
+        }
+    }
+    stays.reverse();
+    assert_eq!(shop.points("web"), stays);
+    assert_eq!(
+        run["removed"].as_array().map(Vec::len),
+        Some(402 - stays.len())
+    );
+    for (was, path) in days.iter().filter(|(_, path)| stays.contains(path)) {
+        assert_eq!(digest(&shop.file(path, "vda.raw")), *was, "{path}");
+    }
+}
+
+#[test]
+fn a_group_is_started_in_its_order_also_when_its_policy_is_gone() {
+    let policy = "vms = [\"*\"]\norder = [\"db\"]\ndelay = \"3s\"\n";
+    let policy = format!("{policy}{EVERY_MINUTE}");
+    let Some(shop) = Replication::start([Kind::Ext4, Kind::Xfs], &policy) else {
+        return;
+    };
+    for vm in ["app", "db"] {
+        shop.site.define(&shop.site.a, &Vm::new(vm));
+    }
+    shop.run(&["run", "shop"]).expect_code(0);
+    std::fs::remove_file(&shop.policies).unwrap();
+    let from = format!("hvB:{PLACE}");
+    let run = shop.run(&["failover", "--from", &from]);
+    let vms = run.expect_json()["vms"].clone();
+    let started = [&vms[0]["vm"], &vms[1]["vm"]];
+    assert_eq!(started, ["db", "app"], "{run}");
+    assert!(run.elapsed >= Duration::from_secs(3), "{run}");
+    for vm in ["app", "db"] {
+        shop.site.b.virsh(&["destroy", vm]);
+    }
 }
 
 #[test]

@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use jiff::SignedDuration;
-
 use super::policy::Policy;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
@@ -15,6 +13,7 @@ use crate::transfer::Context;
 use crate::vm::failback::{self, FailbackRequest, FailbackResult};
 use crate::vm::failover::{self, Committed, FailoverRequest, FailoverResult, Planned, Role, Stop};
 use crate::vm::network::NetworkConfig;
+use crate::vm::order::Order;
 use crate::vm::rehearsal::{RehearsalRequest, RehearsalResult, rehearse};
 use crate::vm::replica;
 
@@ -26,8 +25,9 @@ pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_mins(5);
 pub struct Replicas {
     /// Where they are.
     pub destination: HostSpec,
-    /// VMs, each with the directory of its replica.
+    /// VMs, each with the directory of its replica, in the order in which they are started.
     pub all: Vec<(String, String)>,
+    order: Order,
 }
 
 /// How they are started.
@@ -51,7 +51,8 @@ impl Replicas {
     pub async fn of_policy(context: &Context, policy: &Policy, vms: &[String]) -> Result<Self> {
         let host = context.host(&policy.destination);
         let all = at(&host, &policy.place()).await?;
-        Self::chosen(policy.destination.clone(), all, vms, &policy.place())
+        let order = policy.order.clone();
+        Self::chosen(policy.destination.clone(), all, vms, &policy.place(), order)
     }
 
     /// Those in a directory, which may be that of one.
@@ -60,6 +61,7 @@ impl Replicas {
     /// As [`Replicas::of_policy`].
     pub async fn in_directory(
         context: &Context,
+        connect: &str,
         host: HostSpec,
         directory: &str,
         vms: &[String],
@@ -69,7 +71,8 @@ impl Replicas {
             Some(vm) => vec![(vm, directory.to_owned())],
             None => at(&on, directory).await?,
         };
-        Self::chosen(host, all, vms, directory)
+        let order = Order::kept(&Hypervisor::new(on, connect), directory).await?;
+        Self::chosen(host, all, vms, directory, order)
     }
 
     fn chosen(
@@ -77,6 +80,7 @@ impl Replicas {
         mut all: Vec<(String, String)>,
         vms: &[String],
         place: &str,
+        order: Order,
     ) -> Result<Self> {
         let has: Vec<String> = all.iter().map(|(vm, _)| vm.clone()).collect();
         let missing = vms.iter().find(|vm| !has.contains(vm));
@@ -90,7 +94,12 @@ impl Replicas {
             });
         }
         all.retain(|(vm, _)| vms.is_empty() || vms.contains(vm));
-        Ok(Self { destination, all })
+        all.sort_by_key(|(vm, _)| order.place(vm));
+        Ok(Self {
+            destination,
+            all,
+            order,
+        })
     }
 
     /// Starts the VMs. A failure is part of each result.
@@ -102,16 +111,13 @@ impl Replicas {
         how: &How,
     ) -> Vec<FailoverResult> {
         let mut results = Vec::new();
-        let mut all: Vec<_> = self.all.iter().collect();
-        let place = |vm: &str| policy.map_or(0, |policy| policy.place_in_order(vm));
-        all.sort_by_key(|(vm, _)| place(vm));
         let mut before = None;
-        for (vm, directory) in all {
-            if before.is_some_and(|before| before < place(vm)) {
-                let delay = policy.map(|policy| policy.delay).unwrap_or_default();
-                wait(context, delay).await;
+        for (vm, directory) in &self.all {
+            let place = self.order.place(vm);
+            if before.is_some_and(|before| before < place) {
+                wait(context, self.order.delay()).await;
             }
-            before = Some(place(vm));
+            before = Some(place);
             let network = how.network.clone();
             let network = match policy {
                 Some(policy) => policy.network_config(network),
@@ -242,9 +248,9 @@ impl Replicas {
 }
 
 /// Waits, unless the user wants to stop.
-async fn wait(context: &Context, delay: SignedDuration) {
+async fn wait(context: &Context, delay: Duration) {
     tokio::select! {
-        () = tokio::time::sleep(delay.unsigned_abs()) => {}
+        () = tokio::time::sleep(delay) => {}
         () = context.cancelled.cancelled() => {}
     }
 }

@@ -18,6 +18,7 @@ use crate::cli::options::{Rate, Space};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::vm::network::NetworkConfig;
+use crate::vm::order::Order;
 use crate::vm::replica::{self, ReplicaRequest};
 use crate::vm::{LiveChoice, Quiesce};
 
@@ -161,10 +162,8 @@ pub struct Policy {
     pub networks: BTreeMap<String, String>,
     /// What VMs are connected to when their failover is tested; to nothing, without one.
     pub test_network: Option<String>,
-    /// Names or patterns of VMs that are started before others, in this order.
-    pub order: Vec<String>,
-    /// How long those of one place of the order have before the next are started.
-    pub delay: SignedDuration,
+    /// In which order a failover starts VMs.
+    pub order: Order,
     /// For a shell: makes sure that a source does not run which cannot be asked.
     pub fence: Option<String>,
     /// For a shell: what is done before each run of a VM, and after it.
@@ -528,8 +527,10 @@ impl Reader<'_> {
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
             networks: written.networks.clone(),
             test_network: written.test_network.clone(),
-            order: written.order.clone(),
-            delay: delay.unwrap_or_default(),
+            order: Order::new(
+                written.order.clone(),
+                delay.unwrap_or_default().unsigned_abs(),
+            ),
             fence: written.fence.clone(),
             hooks: Hooks {
                 before: written.before.clone(),
@@ -790,13 +791,6 @@ impl Policy {
         network
     }
 
-    /// The place of a VM in the order in which they are started.
-    pub fn place_in_order(&self, vm: &str) -> usize {
-        let mut order = self.order.iter();
-        let place = order.position(|pattern| glob_match::glob_match(pattern, vm));
-        place.unwrap_or(self.order.len())
-    }
-
     /// Whether it does not run by itself at an instant.
     pub fn is_quiet(&self, at: Timestamp) -> bool {
         let zoned = at.to_zoned(self.zone.clone());
@@ -971,12 +965,6 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
         );
         let about = ["web-1", "db", "web-test", "mail"].map(|vm| policy.is_about(vm));
         assert_eq!(about, [true, true, false, false]);
-        let ordered = Policy {
-            order: vec!["db".to_owned(), "web-?".to_owned()],
-            ..policy.clone()
-        };
-        let places = ["mail", "web-1", "db"].map(|vm| ordered.place_in_order(vm));
-        assert_eq!(places, [2, 1, 0]);
         let window = &policy.quiet[0];
         let at = |hour| Time::constant(hour, 30, 0, 0);
         assert!(window.contains(Weekday::Friday, at(22)));

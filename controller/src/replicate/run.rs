@@ -311,7 +311,8 @@ async fn is_due(on: &Host, directory: &str, policy: &Policy) -> Result<bool> {
     Ok(!policy.is_quiet(now) && policy.schedule.due(newest, now).is_some())
 }
 
-/// After a run has made a point: those that need not stay go, unless it is unlike the one before.
+/// After a run has made a point: what a failover needs is beside it, and points that need not stay
+/// go, unless it is unlike the one before.
 async fn tidy(
     on: &Hypervisor,
     directory: &str,
@@ -320,6 +321,7 @@ async fn tidy(
     pruning: Pruning,
     run: &mut VmRun,
 ) -> Result<()> {
+    policy.order.keep(on, &policy.place()).await?;
     let listed = replica::points(on.host(), directory).await?;
     let unlike = doubt::unlike(&run.result, &listed.points, policy.max_change);
     run.doubt = doubt::raise(on, directory, point, unlike).await?;

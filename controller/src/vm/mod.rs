@@ -26,6 +26,7 @@ mod live;
 mod naming;
 pub mod network;
 mod obstacle;
+pub mod order;
 pub mod outcome;
 mod overlays;
 mod pairs;

@@ -164,7 +164,8 @@ impl Chosen {
                 ))
             })?;
             let host = from.host.clone();
-            let replicas = Replicas::in_directory(context, host, directory, &self.vms).await?;
+            let replicas =
+                Replicas::in_directory(context, app.connect(), host, directory, &self.vms).await?;
             return Ok((replicas, None));
         }
         let name = self.policy.as_ref();

@@ -39,6 +39,7 @@ mod reference;
 pub mod rehearsal;
 pub mod replica;
 pub mod result;
+pub mod seed;
 mod space;
 mod state;
 mod survey;

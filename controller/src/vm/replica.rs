@@ -465,6 +465,8 @@ async fn prepare(
     }
     let (host, directory) = (replica.on.host(), &replica.directory);
     let head = replica.read().await?;
+    let seeded = host.names_in(&replica.head()).await?.unwrap_or_default();
+    let is_first = head.is_none() && seeded.is_empty();
     let runs = !source.domain.state.is_off();
     replica.check_role(purpose, runs, &mut obstacles).await?;
     let uuid = source.domain.definition.uuid();
@@ -491,7 +493,7 @@ async fn prepare(
         ..Options::default()
     };
     replica
-        .check_room(&source, head.is_none(), request.min_free, &mut obstacles)
+        .check_room(&source, is_first, request.min_free, &mut obstacles)
         .await?;
     let found = obstacles.into_found();
     let what = format!("cannot replicate {} to {host}", source.name());
@@ -510,18 +512,10 @@ async fn prepare(
         return Err(error);
     }
     let head = replica.settle().await?;
-    let now = Timestamp::now();
     let scanned_before = head.as_ref().and_then(|head| head.scanned);
-    // A clock that was put back does not keep it away.
-    let is_due = |last: Timestamp| {
-        let period = request.full_scan_after;
-        period.is_some_and(|period| now.duration_since(last).abs() >= period)
-    };
-    options.full_scan = scanned_before.is_some_and(is_due);
-    let scanned = match scanned_before {
-        Some(last) if !options.full_scan => Some(last),
-        _ => Some(now),
-    };
+    options.full_scan = is_scan_due(scanned_before, request.full_scan_after);
+    let now = Timestamp::now();
+    let scanned = scanned_before.filter(|_| !options.full_scan).or(Some(now));
     let (pair, version) = match head {
         Some(head) if replica.is_as_left(&head).await? => (Some(head.pair), head.version),
         Some(head) => (Some(head.pair), None),
@@ -547,6 +541,13 @@ async fn prepare(
         scanned,
         lock,
     })
+}
+
+/// Whether what is known of changes has been believed for so long; a first run reads all anyway. A
+/// clock that was put back does not keep it away.
+fn is_scan_due(last: Option<Timestamp>, period: Option<SignedDuration>) -> bool {
+    let age = last.map(|last| Timestamp::now().duration_since(last).abs());
+    age.zip(period).is_some_and(|(age, period)| age >= period)
 }
 
 /// Makes the head equal to what is read, and gives back the small files of the VM.

@@ -29,6 +29,8 @@ pub(super) enum Command {
     Daemon(run::Daemon),
     /// Write units for systemd: the daemon, or a timer for "run --due"
     Systemd(policies::Systemd),
+    /// Begin the replica of a VM with images that are on its host already: the first run ships what differs
+    Adopt(run::Adopt),
     /// Have nothing replicated by policies, from whichever controller, until "resume"
     Pause(Named),
     /// End the pause of policies
@@ -106,6 +108,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Run(args) => run::run_policies(app, args).await,
         Command::Daemon(args) => run::daemon(app, &args).await,
         Command::Systemd(args) => policies::systemd(app, &args),
+        Command::Adopt(args) => run::adopt(app, &args).await,
         Command::Pause(named) => policies::pause(app, &named).await,
         Command::Resume(named) => policies::resume(app, &named).await,
         Command::Points(named) => points::points(app, &named).await,

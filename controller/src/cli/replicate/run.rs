@@ -1,16 +1,19 @@
-//! `replicate run` and `daemon`: new points, once and for ever.
+//! `replicate run`, `daemon` and `adopt`: new points, once and for ever, and what the first begins
+//! with.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
 
-use super::{App, File, in_common, report};
+use super::{App, File, OfPolicy, in_common, report};
 use crate::cli::options::OutputFormat;
 use crate::error::Result;
+use crate::libvirt::Hypervisor;
 use crate::output;
 use crate::replicate::daemon::{self as service, Said, Surroundings};
 use crate::replicate::run::{VmRun, Which, run as run_policy};
+use crate::vm::seed::{self, Seed};
 
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true))]
@@ -36,6 +39,21 @@ pub(in crate::cli) struct Daemon {
     /// Keep figures for Prometheus in this file, for the textfile collector of its node exporter
     #[arg(long, value_name = "FILE")]
     metrics: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Adopt {
+    #[command(flatten)]
+    of: OfPolicy,
+    /// A disk of the VM, and its image on the host of the replica, which stays as it is; raw, unless
+    /// its format is said
+    #[arg(value_name = "TARGET=[FORMAT:]PATH", required = true)]
+    seeds: Vec<Seed>,
+}
+
+#[derive(Debug, Serialize)]
+struct Adopted {
+    directory: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -67,6 +85,22 @@ pub(super) async fn run_policies(app: &App, args: Run) -> Result<()> {
     report(app, "replicate-run", Runs { runs }, failed, |what| {
         run_table(&what.runs)
     })
+}
+
+pub(super) async fn adopt(app: &App, args: &Adopt) -> Result<()> {
+    let policy = args.of.load(app)?;
+    let on = app.transfer_context().host(&policy.destination);
+    on.share().await?;
+    let on = Hypervisor::new(on, app.connect());
+    let directory = policy.directory_of(&args.of.vm);
+    seed::adopt(&on, &directory, &args.seeds).await?;
+    report(
+        app,
+        "replicate-adopt",
+        Adopted { directory },
+        None,
+        |what| format!("{} begins with these disks\n", what.directory),
+    )
 }
 
 pub(super) async fn daemon(app: &App, args: &Daemon) -> Result<()> {

@@ -661,6 +661,36 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     assert_eq!(tested["sign"], "running", "{test}");
     assert_eq!(tested["point"], first, "{test}");
     assert_eq!(b.run(&["sh", "-c", "ls /var/lib/libvirt/qemu/nvram"]), "");
+    // A point goes anywhere, and starts there.
+    let restore = [
+        "restore",
+        "shop",
+        "web",
+        "hvA:/var/lib/libvirt/images/back",
+        "--point",
+        first,
+    ];
+    let restored = shop.run(&restore).expect_json();
+    assert_eq!(restored["vms"][0]["point"], first, "{restored}");
+    for disk in ["vda.raw", "vdb.raw"] {
+        let back = a.image("back").join(disk);
+        kvm_clone_tests::image::assert_equal(&shop.file(&points[0], disk), &back);
+    }
+    let nvram = a.run(&[
+        "cmp",
+        "/var/lib/libvirt/images/back/nvram",
+        "/var/lib/libvirt/qemu/nvram/web_VARS.fd",
+    ]);
+    assert_eq!(nvram, "");
+    let xml = a.run(&["cat", "/var/lib/libvirt/images/back/domain.xml"]);
+    assert!(
+        xml.contains("file='/var/lib/libvirt/images/back/vdb.raw'"),
+        "{xml}"
+    );
+    shop.run(&restore)
+        .expect_failure(5, &["refused"], "is there already");
+    let vms = shop.run(&["points"]).expect_json()["vms"].clone();
+    assert_eq!(vms[0]["points"][0]["pinned"], false, "{vms}");
     a.run(&["ip", "link", "set", "eth0", "down"]);
     // A fence that fails makes nothing sure; one that does not, does.
     let with_fence = |fence: &str| {

@@ -38,6 +38,7 @@ pub mod recover;
 mod reference;
 pub mod rehearsal;
 pub mod replica;
+pub mod restore;
 pub mod result;
 pub mod seed;
 mod space;

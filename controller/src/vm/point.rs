@@ -407,6 +407,20 @@ fn definition_at(survey: &Survey, directory: &str) -> Result<Definition> {
     survey.domain.definition.edited(&edits)
 }
 
+/// The changes after which disks that are in one directory are in another one.
+pub(super) fn moved(definition: &Definition, from: &str, to: &str) -> Vec<Edit> {
+    let from = format!("{from}/");
+    let disks = definition.disks().iter().enumerate();
+    let edits = disks.filter_map(|(disk, defined)| match &defined.source {
+        DiskSource::File(path) => {
+            let source = DiskSource::File(naming::join(to, path.strip_prefix(&from)?));
+            Some(Edit::DiskSource { disk, source })
+        }
+        _ => None,
+    });
+    edits.collect()
+}
+
 impl Point {
     /// The commands that copy it to where a VM may change it: its disks to `live`, which must not be
     /// there, and the small files to where libvirt has those.

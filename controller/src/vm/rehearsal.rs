@@ -17,14 +17,14 @@ use super::failover::{choose, connected, definition_of, with_manifest};
 use super::network::{self, NetworkConfig};
 use super::obstacle::{Obstacles, to_error};
 use super::outcome::Outcome;
-use super::point::Point;
+use super::point::{Point, moved};
 use super::replica;
 use super::{naming, state};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::Guard;
 use crate::libvirt::Hypervisor;
-use crate::libvirt::definition::{Definition, DiskSource, Edit};
+use crate::libvirt::definition::{Definition, Edit};
 use crate::transfer::Context;
 
 /// The version of the format of `test.json`.
@@ -265,15 +265,7 @@ impl Stage<'_> {
         }
         let uuid = Uuid::new_v4();
         edits.extend([Edit::Uuid(uuid), Edit::Name(name.clone())]);
-        let live = replica::live(directory);
-        for (disk, defined) in definition.disks().iter().enumerate() {
-            if let DiskSource::File(path) = &defined.source
-                && let Some(file) = path.strip_prefix(&format!("{live}/"))
-            {
-                let source = DiskSource::File(naming::join(&self.disks(), file));
-                edits.push(Edit::DiskSource { disk, source });
-            }
-        }
+        edits.extend(moved(&definition, &replica::live(directory), &self.disks()));
         if definition
             .firmware()
             .nvram

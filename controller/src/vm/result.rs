@@ -191,7 +191,7 @@ impl VmResult {
 }
 
 impl Totals {
-    fn of(disks: &[DiskResult]) -> Self {
+    pub(super) fn of(disks: &[DiskResult]) -> Self {
         let sum = |figure: fn(&TransferResult) -> Option<u64>| {
             disks
                 .iter()

@@ -1,13 +1,13 @@
-//! `replicate test`, `failover`, `failback`, `commit` and `undo`: VMs that run from their replicas.
+//! `replicate test`, `restore`, `failover`, `failback`, `commit` and `undo`: VMs that run from their replicas.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 
 use clap::Args;
 use serde::Serialize;
 
-use super::{App, File, ended, report, result_of, span};
+use super::{App, File, OfPolicy, ended, report, result_of, span};
 use crate::cli::options::TimeLimit;
-use crate::endpoint::DiskSpec;
+use crate::endpoint::{DiskSpec, HostSpec};
 use crate::error::{Error, Result};
 use crate::output;
 use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT};
@@ -17,6 +17,7 @@ use crate::vm::failback::FailbackResult;
 use crate::vm::failover::{Committed, FailoverResult, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::rehearsal::{RehearsalResult, Sign};
+use crate::vm::restore::{self, RestoreRequest, RestoreResult};
 
 /// Which replicas are meant.
 #[derive(Debug, Args)]
@@ -71,6 +72,18 @@ pub(in crate::cli) struct Test {
     /// How long a guest has to show a sign of life
     #[arg(long, value_name = "DURATION", default_value = "5m")]
     limit: TimeLimit,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Restore {
+    #[command(flatten)]
+    of: OfPolicy,
+    /// Where its files go; none of them may be there
+    #[arg(value_name = "HOST:DIR")]
+    to: OsString,
+    /// The newest point that is not newer than this one [default: the newest]
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
 }
 
 /// How guests are shut down.
@@ -134,6 +147,11 @@ struct Started {
 }
 
 #[derive(Debug, Serialize)]
+struct Restored {
+    vms: Vec<RestoreResult>,
+}
+
+#[derive(Debug, Serialize)]
 struct Tested {
     vms: Vec<RehearsalResult>,
 }
@@ -157,15 +175,9 @@ impl Chosen {
     /// Looks for them, and gives the policy that they are of.
     async fn find(&self, app: &App, context: &Context) -> Result<(Replicas, Option<Policy>)> {
         if let Some(from) = &self.from {
-            let from = DiskSpec::parse(from)?;
-            let directory = from.path().and_then(|path| path.to_str()).ok_or_else(|| {
-                Error::usage(format!(
-                    "--from {from}: expected HOST:DIR with an absolute path"
-                ))
-            })?;
-            let host = from.host.clone();
+            let (host, directory) = host_and_directory(from)?;
             let replicas =
-                Replicas::in_directory(context, app.connect(), host, directory, &self.vms).await?;
+                Replicas::in_directory(context, app.connect(), host, &directory, &self.vms).await?;
             return Ok((replicas, None));
         }
         let name = self.policy.as_ref();
@@ -285,6 +297,48 @@ pub(super) async fn commit(app: &App, args: &Commit) -> Result<()> {
             )
         });
         some_or_nothing(lines.collect())
+    })
+}
+
+/// `HOST:DIR` as the two.
+fn host_and_directory(text: &OsStr) -> Result<(HostSpec, String)> {
+    let spec = DiskSpec::parse(text)?;
+    let directory = spec.path().and_then(|path| path.to_str());
+    match directory {
+        Some(directory) => Ok((spec.host.clone(), directory.to_owned())),
+        None => Err(Error::usage(format!(
+            "{spec}: expected HOST:DIR with an absolute path"
+        ))),
+    }
+}
+
+pub(super) async fn restore(app: &App, args: &Restore) -> Result<()> {
+    let (policy, vm) = (args.of.load(app)?, &args.of.vm);
+    let (to, to_directory) = host_and_directory(&args.to)?;
+    let request = RestoreRequest {
+        from: policy.destination.clone(),
+        directory: policy.directory_of(vm),
+        point: args.point.clone(),
+        to,
+        to_directory,
+        bandwidth_limit: policy.bandwidth_limit,
+    };
+    let context = app.transfer_context();
+    let restored = restore::restore(&context, app.connect(), vm, &request).await;
+    let vms = vec![restored];
+    let failed = ended(app, vms.iter().map(|vm| &vm.outcome));
+    report(app, "replicate-restore", Restored { vms }, failed, |what| {
+        let mut table = output::table(&["VM", "point", "directory", "shipped", "result"]);
+        for vm in &what.vms {
+            table.add_row([
+                output::printable(&vm.outcome.vm),
+                vm.point.clone().unwrap_or_default(),
+                vm.directory.clone(),
+                vm.totals.bytes_wire.map(output::iec).unwrap_or_default(),
+                result_of(&vm.outcome, "there"),
+            ]);
+        }
+        output::table_text(&table)
     })
 }
 

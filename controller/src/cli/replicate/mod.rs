@@ -47,6 +47,8 @@ pub(super) enum Command {
     Accept(points::Accept),
     /// Remove the replica of a VM that is no longer to have one, with all its points
     Remove(points::Remove),
+    /// Bring a point of a VM to a directory of any host: its disks, its definition, its small files
+    Restore(failover::Restore),
     /// Boot copies of points where nobody reaches them, and say how long a failover takes and what it loses
     Test(failover::Test),
     /// Start VMs from their points, where those are; nothing is replicated over them from then on
@@ -117,6 +119,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Pin(args) => points::pin(app, &args).await,
         Command::Accept(args) => points::accept(app, &args).await,
         Command::Remove(args) => points::remove(app, &args).await,
+        Command::Restore(args) => failover::restore(app, &args).await,
         Command::Test(args) => failover::test(app, &args).await,
         Command::Failover(args) => failover::fail_over(app, *args).await,
         Command::Failback(args) => failover::fail_back(app, &args).await,

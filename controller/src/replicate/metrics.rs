@@ -198,3 +198,75 @@ fn replace(path: &Path, text: &str) -> std::io::Result<()> {
     file.persist(path)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::vm::VmResult;
+
+    /// The names of figures in a text.
+    fn names(text: &str) -> BTreeSet<String> {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let ours = words.filter(|word| word.starts_with("kvm_clone_"));
+        ours.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn rules_and_dashboard_speak_of_figures_that_there_are() {
+        let metrics = Metrics::new();
+        let job = Job {
+            policy: "shop".to_owned(),
+            vm: "web".to_owned(),
+        };
+        let [source, destination] = ["hv1", "hv2"].map(|host| host.parse().unwrap());
+        let error = Error::new(crate::error::ErrorCode::Io, "no luck");
+        let failed = VmRun {
+            policy: "shop".to_owned(),
+            result: VmResult::failed("replicate", &source, &destination, "web", error),
+            point: None,
+            instant: None,
+            removed: Vec::new(),
+            doubt: None,
+        };
+        metrics.count(&job, &failed);
+        let made = VmRun {
+            result: VmResult {
+                error: None,
+                ..failed.result
+            },
+            ..failed
+        };
+        metrics.count(&job, &made);
+        let standing = Standing {
+            newest: Some(Timestamp::UNIX_EPOCH),
+            rpo_seconds: 60.0,
+            has_alarm: true,
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let all = std::iter::once((&job, standing));
+        metrics.write(file.path(), all, (1, 2)).unwrap();
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let of_web = "{policy=\"shop\",vm=\"web\"} ";
+        for line in [
+            format!("kvm_clone_newest_point_timestamp_seconds{of_web}0.0"),
+            format!("kvm_clone_alarm{of_web}1"),
+            format!("kvm_clone_failures_total{of_web}1"),
+            format!("kvm_clone_points_made_total{of_web}1"),
+            "kvm_clone_waiting 2".to_owned(),
+        ] {
+            assert!(text.lines().any(|known| known == line), "{line} in {text}");
+        }
+        let written: BTreeSet<String> = names(&text);
+        for spoken in [
+            include_str!("../../doc/alerts.yml"),
+            include_str!("../../doc/dashboard.json"),
+        ] {
+            let unknown: Vec<String> = names(spoken).difference(&written).cloned().collect();
+            assert_eq!(unknown, Vec::<String>::new());
+        }
+        serde_json::from_str::<serde_json::Value>(include_str!("../../doc/dashboard.json"))
+            .unwrap();
+    }
+}

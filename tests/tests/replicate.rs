@@ -562,54 +562,49 @@ fn of_400_days_those_points_stay_that_were_promised_each_byte_for_byte() {
     shop.site.define(&shop.site.a, &Vm::new("web"));
     shop.run_vm();
     let first = shop.points("web").remove(0);
-    let mut days = Vec::new();
+    let month = |name: &str| name[..6].to_owned();
+    // Seven days with today, and the last day of each of the five months before this one.
+    let today = first.rsplit('/').next().unwrap();
+    let (mut months, mut stays) = (vec![month(today)], Vec::new());
     for day in 1..=400 {
         let ago = format!("{day} days ago");
-        let words = ["-u", "-d", &ago, "+%Y-%m-%dT12:00:00Z"];
-        let instant = tool("date", words).trim().to_owned();
-        let name = instant.replace(['-', ':'], "");
+        let instant = tool("date", ["-u", "-d", &ago, "+%Y-%m-%dT12:00:00Z"]);
+        let name = instant.trim().replace(['-', ':'], "");
+        let path = format!("{PLACE}/web/points/{name}");
         let (from, to) = (
             shop.file(&first, ""),
             shop.file(&first, &format!("../{name}")),
         );
-        let [from, to] = [&from, &to].map(|path| path.as_os_str());
+        let [from, to] = [from.as_os_str(), to.as_os_str()];
         tool(
             "cp",
             ["-rT".as_ref(), "--reflink=always".as_ref(), from, to],
         );
-        let path = format!("{PLACE}/web/points/{name}");
         let manifest = shop.file(&path, "manifest.json");
         let text = std::fs::read_to_string(&manifest).unwrap();
         let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        json["instant"] = instant.into();
+        json["instant"] = instant.trim().into();
         // As it is written: a field a line.
-        let text = serde_json::to_string_pretty(&json).unwrap();
-        std::fs::write(&manifest, text).unwrap();
-        set_mark(&shop.file(&path, "vda.raw"), &name);
-        days.push((digest(&shop.file(&path, "vda.raw")), path));
-    }
-    let run = shop.run_vm();
-    let newest = format!("{PLACE}/web/points/{}", run["point"].as_str().unwrap());
-    // Seven days with today, and the last day of each of the five months before this one.
-    let month = |path: &str| path.rsplit('/').next().unwrap()[..6].to_owned();
-    let mut months = vec![month(&newest)];
-    let mut stays = vec![newest.clone()];
-    for (at, (_, path)) in days.iter().enumerate() {
-        let is_last = !months.contains(&month(path)) && months.len() < 6;
+        std::fs::write(&manifest, serde_json::to_string_pretty(&json).unwrap()).unwrap();
+        let disk = shop.file(&path, "vda.raw");
+        set_mark(&disk, &name);
+        let is_last = !months.contains(&month(&name)) && months.len() < 6;
         if is_last {
-            months.push(month(path));
+            months.push(month(&name));
         }
-        if at < 6 || is_last {
-            stays.push(path.clone());
+        if day <= 6 || is_last {
+            stays.push((path, digest(&disk)));
         }
     }
     stays.reverse();
-    assert_eq!(shop.points("web"), stays);
-    assert_eq!(
-        run["removed"].as_array().map(Vec::len),
-        Some(402 - stays.len())
-    );
-    for (was, path) in days.iter().filter(|(_, path)| stays.contains(path)) {
+    let run = shop.run_vm();
+    let newest = format!("{PLACE}/web/points/{}", run["point"].as_str().unwrap());
+    let mut paths: Vec<String> = stays.iter().map(|(path, _)| path.clone()).collect();
+    paths.push(newest);
+    assert_eq!(shop.points("web"), paths);
+    let removed = run["removed"].as_array().map(Vec::len);
+    assert_eq!(removed, Some(402 - paths.len()));
+    for (path, was) in &stays {
         assert_eq!(digest(&shop.file(path, "vda.raw")), *was, "{path}");
     }
 }

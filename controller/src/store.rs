@@ -4,15 +4,19 @@
 //! such that another database could serve them for several machines.
 
 use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use rusqlite::{Connection, Params, Row};
 use rusqlite_migration::{M, Migrations};
+use rustix::process::geteuid;
 
 use crate::error::{Error, ErrorCode, Result};
+
+/// What systemd makes for the daemon: what its user asks by hand is answered from there as well.
+const SERVICE: &str = "/var/lib/kvm-clone-ctl";
 
 /// How long a writer waits for another one.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -63,13 +67,11 @@ impl Store {
     /// # Errors
     /// Usage without a home directory; io when the file cannot be had.
     pub fn open() -> Result<Self> {
-        let base = std::env::var_os("XDG_STATE_HOME")
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-            .or_else(|| std::env::home_dir().map(|home| home.join(".local/state")));
-        let base = base
+        let wanted = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
+        let directory = directory(wanted, Path::new(SERVICE), std::env::home_dir());
+        let directory = directory
             .ok_or_else(|| Error::usage("there is no home directory").hint("set XDG_STATE_HOME"))?;
-        Self::at(&base.join("kvm-clone-ctl/history.db"))
+        Self::at(&directory.join("history.db"))
     }
 
     pub(crate) fn at(path: &Path) -> Result<Self> {
@@ -167,6 +169,20 @@ impl Store {
     }
 }
 
+/// Where a user's store is: where they want it, else that of a service of theirs, else at home.
+fn directory(wanted: Option<PathBuf>, service: &Path, home: Option<PathBuf>) -> Option<PathBuf> {
+    const NAME: &str = "kvm-clone-ctl";
+    let is_ours = |path: &Path| {
+        let facts = path.metadata();
+        facts.is_ok_and(|facts| facts.is_dir() && facts.uid() == geteuid().as_raw())
+    };
+    match wanted.filter(|path| path.is_absolute()) {
+        Some(wanted) => Some(wanted.join(NAME)),
+        None if is_ours(service) => Some(service.to_owned()),
+        None => Some(home?.join(".local/state").join(NAME)),
+    }
+}
+
 /// An instant as text whose order is that of time.
 fn sortable(instant: Timestamp) -> String {
     instant.strftime("%Y-%m-%dT%H:%M:%S.%9fZ").to_string()
@@ -193,6 +209,19 @@ mod tests {
         connection.pragma_update(None, "user_version", 99).unwrap();
         let error = Store::at(&path).unwrap_err();
         assert!(error.hint_text().unwrap().contains("newer"), "{error:?}");
+    }
+
+    #[test]
+    fn a_user_finds_what_a_service_of_theirs_has_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let (service, home) = (directory.path(), Some(PathBuf::from("/home/me")));
+        let wanted = Some(PathBuf::from("/state"));
+        let of = |wanted, service| super::directory(wanted, service, home.clone()).unwrap();
+        assert_eq!(of(wanted, service), Path::new("/state/kvm-clone-ctl"));
+        assert_eq!(of(None, service), service);
+        let at_home = Path::new("/home/me/.local/state/kvm-clone-ctl");
+        assert_eq!(of(None, &service.join("gone")), at_home);
+        assert_eq!(super::directory(None, &service.join("gone"), None), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 #![expect(clippy::print_stdout, reason = "the figures of a campaign")]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kvm_clone_tests::controller::{Controller, Running, binary};
 use kvm_clone_tests::hypervisor::alone;
-use kvm_clone_tests::process::wait_for;
+use kvm_clone_tests::process::{tool, wait_for};
 use kvm_clone_tests::replication::Replication;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -241,6 +241,8 @@ struct Service {
     directory: tempfile::TempDir,
     socket: UnixDatagram,
     hook: TcpListener,
+    /// Where its figures are served.
+    figures: SocketAddr,
     child: Child,
 }
 
@@ -271,6 +273,10 @@ impl Service {
         let mut command = controller.command(&binary());
         command.args(["replicate", "daemon", "--policies"]);
         command.arg(at("policies.toml"));
+        // Free just now.
+        let figures = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+        let figures = figures.unwrap();
+        command.args(["--listen", &figures.to_string()]);
         let path = std::env::var("PATH").unwrap();
         command.env("PATH", format!("{}:{path}", at("bin").display()));
         command.env("NOTIFY_SOCKET", at("notify"));
@@ -280,6 +286,7 @@ impl Service {
             directory,
             socket,
             hook,
+            figures,
             child,
         }
     }
@@ -374,6 +381,18 @@ fn systemd_and_people_are_told_what_goes_on() {
         mail.contains("Subject: [kvm-clone-ctl] shop: failed\n"),
         "{mail}"
     );
+    let fetch = |path: &str| {
+        let url = format!("http://{}{path}", service.figures);
+        tool("curl", ["-s", "-i", &url])
+    };
+    let figures = fetch("/metrics");
+    assert!(figures.starts_with("HTTP/1.1 200 OK\r\n"), "{figures}");
+    assert!(
+        figures.contains("\r\ncontent-type: application/openmetrics-text;"),
+        "{figures}"
+    );
+    assert!(figures.contains("\nkvm_clone_running 0\n"), "{figures}");
+    assert!(fetch("/").starts_with("HTTP/1.1 404 "));
     let policies = service.path("policies.toml");
     for text in [policy("30s"), "no policy".to_owned()] {
         std::fs::write(&policies, text).unwrap();

@@ -3,6 +3,7 @@
 //! clock, the signals and the tasks.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,13 +12,15 @@ use jiff::{SignedDuration, Timestamp};
 use rustix::time::{ClockId, clock_gettime};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::alarms::{Alarms, Kind, Notice, Problem};
 use super::keep::{TRUSTED, newest};
-use super::metrics::{Metrics, Standing as Measured};
+use super::listen;
+use super::metrics::{self, Metrics, Standing as Measured};
 use super::notify;
 use super::policy::{self, Policies, Policy};
 use super::run::{self, Pruning, Turn, VmRun, Which};
@@ -53,6 +56,8 @@ pub struct Surroundings<'a> {
     pub policies: &'a Path,
     /// The file for Prometheus.
     pub metrics: Option<&'a Path>,
+    /// Where the same is served by HTTP.
+    pub listen: Option<SocketAddr>,
     /// Hosts that nobody has connected to yet: those of a broken network are not used again.
     pub context: &'a (dyn Fn() -> Context + Sync),
     /// The user wants to stop.
@@ -115,6 +120,8 @@ struct Daemon<'a> {
     scheduler: Scheduler,
     alarms: Alarms,
     metrics: Metrics,
+    /// The same as text, for who asks.
+    figures: watch::Sender<String>,
     /// What is wrong by the last run of each.
     failed: BTreeMap<Job, Problem>,
     /// Those that their sources do not have any more; a policy whose VMs are not known has no name
@@ -147,6 +154,10 @@ pub async fn run(around: &Surroundings<'_>) -> Result<()> {
         signal(SignalKind::hangup()).map_err(|error| Error::io("watching for signals", error))?;
     let lease = Lease::take(around).await?;
     let mut daemon = Daemon::new(around, policies)?;
+    let _serving = match around.listen {
+        Some(at) => Some(listen::serve(at, daemon.figures.subscribe()).await?),
+        None => None,
+    };
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     while !around.cancelled.is_cancelled() {
         if Instant::now() >= daemon.tick {
@@ -186,6 +197,7 @@ impl<'a> Daemon<'a> {
             scheduler,
             alarms: Alarms::of(Store::open()?)?,
             metrics: Metrics::new(),
+            figures: watch::Sender::default(),
             failed: BTreeMap::new(),
             missed: BTreeMap::new(),
             live: BTreeSet::new(),
@@ -513,9 +525,6 @@ impl<'a> Daemon<'a> {
     }
 
     fn write_metrics(&mut self) {
-        let Some(path) = self.around.metrics else {
-            return;
-        };
         let ill = self.alarms.jobs();
         let all = self.scheduler.all().map(|(job, policy, newest)| {
             let measured = Measured {
@@ -525,10 +534,12 @@ impl<'a> Daemon<'a> {
             };
             (job, measured)
         });
-        let written = self.metrics.write(path, all, self.scheduler.load());
-        if let Err(error) = written {
+        let text = self.metrics.text(all, self.scheduler.load());
+        let written = self.around.metrics.map(|path| metrics::write(path, &text));
+        if let Some(Err(error)) = written {
             self.warn(error.one_line());
         }
+        self.figures.send_replace(text);
     }
 }
 

@@ -1,4 +1,5 @@
-//! What the daemon knows, for Prometheus: a file for the textfile collector of the node exporter.
+//! What the daemon knows, for Prometheus: in a file for the textfile collector of the node exporter, or
+//! by HTTP ([`listen`](super::listen)).
 
 use std::io::Write as _;
 use std::path::Path;
@@ -140,16 +141,12 @@ impl Metrics {
             .set(result.duration_seconds);
     }
 
-    /// Writes what is so now to a file, at one instant for who reads it.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn write<'a>(
+    /// What is so now, in the OpenMetrics text format.
+    pub fn text<'a>(
         &self,
-        path: &Path,
         all: impl Iterator<Item = (&'a Job, Standing)>,
         (running, waiting): (usize, usize),
-    ) -> Result<()> {
+    ) -> String {
         // What is gone is not told of as it was.
         self.newest.clear();
         self.rpo.clear();
@@ -171,9 +168,16 @@ impl Metrics {
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = text::encode(&mut text, &self.registry);
-        replace(path, &text)
-            .map_err(|error| Error::io(format!("writing {}", path.display()), error))
+        text
     }
+}
+
+/// Writes figures to a file, at one instant for who reads it.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write(path: &Path, text: &str) -> Result<()> {
+    replace(path, text).map_err(|error| Error::io(format!("writing {}", path.display()), error))
 }
 
 impl Default for Metrics {
@@ -244,10 +248,7 @@ mod tests {
             rpo_seconds: 60.0,
             has_alarm: true,
         };
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let all = std::iter::once((&job, standing));
-        metrics.write(file.path(), all, (1, 2)).unwrap();
-        let text = std::fs::read_to_string(file.path()).unwrap();
+        let text = metrics.text(std::iter::once((&job, standing)), (1, 2));
         let of_web = "{policy=\"shop\",vm=\"web\"} ";
         for line in [
             format!("kvm_clone_newest_point_timestamp_seconds{of_web}0.0"),

@@ -18,6 +18,7 @@ pub mod check;
 pub mod daemon;
 pub mod failover;
 pub mod keep;
+pub mod listen;
 pub mod metrics;
 pub mod notify;
 pub mod policy;

@@ -1,6 +1,7 @@
 //! `replicate run`, `daemon` and `adopt`: new points, once and for ever, and what the first begins
 //! with.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -39,6 +40,9 @@ pub(in crate::cli) struct Daemon {
     /// Keep figures for Prometheus in this file, for the textfile collector of its node exporter
     #[arg(long, value_name = "FILE")]
     metrics: Option<PathBuf>,
+    /// Serve them on this address, as http://ADDRESS/metrics: to whoever can reach it
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -110,6 +114,7 @@ pub(super) async fn daemon(app: &App, args: &Daemon) -> Result<()> {
         connect: app.connect(),
         policies: &args.file.path(app),
         metrics: args.metrics.as_deref(),
+        listen: args.listen,
         context: &context,
         cancelled: app.cancelled.clone(),
         say: &say,

@@ -119,6 +119,8 @@ pub struct Policy {
     pub max_change: f64,
     /// Bytes a second, for each VM.
     pub bandwidth_limit: Option<u64>,
+    /// The same for runs that begin in these windows; the first of them counts.
+    pub bandwidth_between: Vec<(Window, u64)>,
     /// Bytes that stay free on the destination's file system.
     pub min_free: u64,
     /// What networks and bridges of the source are on the destination.
@@ -184,7 +186,7 @@ impl Policy {
             quiesce: self.quiesce,
             min_free: self.min_free,
             full_scan_after: self.full_scan_after,
-            bandwidth_limit: self.bandwidth_limit,
+            bandwidth_limit: self.limit_at(Timestamp::now()),
             networks: self.networks.clone(),
         }
     }
@@ -200,9 +202,19 @@ impl Policy {
 
     /// Whether it does not run by itself at an instant.
     pub fn is_quiet(&self, at: Timestamp) -> bool {
+        self.quiet.iter().any(|window| self.is_in(window, at))
+    }
+
+    /// Bytes a second for a run that begins at an instant; `None` for no limit.
+    pub fn limit_at(&self, at: Timestamp) -> Option<u64> {
+        let mut windows = self.bandwidth_between.iter();
+        let own = windows.find(|(window, _)| self.is_in(window, at));
+        own.map(|(_, limit)| *limit).or(self.bandwidth_limit)
+    }
+
+    fn is_in(&self, window: &Window, at: Timestamp) -> bool {
         let zoned = at.to_zoned(self.zone.clone());
-        let mut windows = self.quiet.iter();
-        windows.any(|window| window.contains(zoned.weekday(), zoned.time()))
+        window.contains(zoned.weekday(), zoned.time())
     }
 
     /// Whether a VM of this name is meant.

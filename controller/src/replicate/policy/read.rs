@@ -107,6 +107,8 @@ struct Written {
     full_scan: Option<Spanned<String>>,
     max_change: Option<Spanned<String>>,
     bandwidth_limit: Option<Spanned<String>>,
+    #[serde(default)]
+    bandwidth_between: Vec<Spanned<WrittenWindow>>,
     min_free: Option<Spanned<String>>,
     #[serde(default)]
     networks: BTreeMap<String, String>,
@@ -136,6 +138,8 @@ struct WrittenWindow {
     from: Spanned<String>,
     to: Spanned<String>,
     days: Option<Spanned<String>>,
+    /// Of `bandwidth-between` alone.
+    limit: Option<Spanned<String>>,
 }
 
 /// Reads all policies of a file.
@@ -328,15 +332,16 @@ impl Reader<'_> {
             monthly: keep.monthly,
         });
         let windows = written.not_between.iter();
-        let quiet: Vec<Window> = windows.filter_map(|window| self.window(window)).collect();
+        let quiet: Vec<Window> = windows.filter_map(|window| self.quiet(window)).collect();
+        let windows = written.bandwidth_between.iter();
+        let limits: Vec<(Window, u64)> =
+            windows.filter_map(|window| self.limited(window)).collect();
         let parallel = written.parallel.as_ref();
         let parallel = parallel
             .and_then(|parallel| self.at_once("parallel", parallel))
             .unwrap_or(NonZeroUsize::MIN);
-        let delay = written.delay.as_ref();
-        let delay = delay.and_then(|delay| self.duration("delay", delay));
-        let hook_limit = written.hook_limit.as_ref();
-        let hook_limit = hook_limit.and_then(|limit| self.duration("hook-limit", limit));
+        let order = self.order(written);
+        let hooks = self.hooks(written);
         let live = self.live(written.live.as_ref());
         let quiesce = self.optional(
             "quiesce",
@@ -388,18 +393,12 @@ impl Reader<'_> {
             full_scan_after,
             max_change: max_change.unwrap_or(MAX_CHANGE),
             bandwidth_limit: limit.map(|Rate(bytes)| bytes),
+            bandwidth_between: limits,
             networks: written.networks.clone(),
             test_network: written.test_network.clone(),
-            order: Order::new(
-                written.order.clone(),
-                delay.unwrap_or_default().unsigned_abs(),
-            ),
+            order,
             fence: written.fence.clone(),
-            hooks: Hooks {
-                before: written.before.clone(),
-                after: written.after.clone(),
-                limit: hook_limit.unwrap_or(HOOK_LIMIT),
-            },
+            hooks,
             min_free: min_free.map_or(MIN_FREE, |Space(bytes)| bytes),
         })
     }
@@ -516,6 +515,48 @@ impl Reader<'_> {
             return None;
         }
         Some(Window { days, from, to })
+    }
+
+    fn hooks(&mut self, written: &Written) -> Hooks {
+        let limit = written.hook_limit.as_ref();
+        let limit = limit.and_then(|limit| self.duration("hook-limit", limit));
+        Hooks {
+            before: written.before.clone(),
+            after: written.after.clone(),
+            limit: limit.unwrap_or(HOOK_LIMIT),
+        }
+    }
+
+    fn order(&mut self, written: &Written) -> Order {
+        let delay = written.delay.as_ref();
+        let delay = delay.and_then(|delay| self.duration("delay", delay));
+        Order::new(
+            written.order.clone(),
+            delay.unwrap_or_default().unsigned_abs(),
+        )
+    }
+
+    /// A time in which nothing begins.
+    fn quiet(&mut self, written: &Spanned<WrittenWindow>) -> Option<Window> {
+        if let Some(limit) = &written.get_ref().limit {
+            let what = "in a window of not-between nothing runs, so it has no limit";
+            self.mistake(limit, what, "say bandwidth-between, or remove the limit");
+        }
+        self.window(written)
+    }
+
+    /// A time that has a limit of its own.
+    fn limited(&mut self, written: &Spanned<WrittenWindow>) -> Option<(Window, u64)> {
+        let window = self.window(written);
+        let remedy = "take bytes a second, such as 100M";
+        let Some(limit) = &written.get_ref().limit else {
+            let what = "a window of bandwidth-between has no limit";
+            self.mistake(written, what, "say limit = \"20M\"");
+            return None;
+        };
+        let limit = self.parsed("limit", limit, remedy, Rate::from_str);
+        let (window, Rate(bytes)) = window.zip(limit)?;
+        Some((window, bytes))
     }
 
     /// A number of VMs at once.
@@ -681,6 +722,18 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
         ),
         (
             "rpo = \"1h\"",
+            "rpo = \"1h\"\nbandwidth-between = [{ from = \"08:00\", to = \"18:00\" }]",
+            8,
+            "has no limit",
+        ),
+        (
+            "days = \"fri\"",
+            "days = \"fri\", limit = \"1M\"",
+            9,
+            "not-between",
+        ),
+        (
+            "rpo = \"1h\"",
             "rpo = \"1h\"\nbandwidth-limit = \"0\"",
             8,
             "bandwidth-limit",
@@ -759,6 +812,20 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
         );
         let about = ["web-1", "db", "web-test", "mail"].map(|vm| policy.is_about(vm));
         assert_eq!(about, [true, true, false, false]);
+        let limited = PLAIN.replace(
+            "rpo",
+            "bandwidth-limit = \"9M\"\nbandwidth-between = [{ from = \"08:00\", to = \"18:00\", \
+             days = \"mon-fri\", limit = \"2M\" }]\nrpo",
+        );
+        let limited = parse(&limited).unwrap().all.remove(0);
+        // A Friday and a Saturday.
+        let limits = [
+            "2027-01-15T08:00:00Z",
+            "2027-01-15T18:00:00Z",
+            "2027-01-16T08:00:00Z",
+        ];
+        let limits = limits.map(|at| limited.limit_at(at.parse().unwrap()));
+        assert_eq!(limits, [Some(2_000_000), Some(9_000_000), Some(9_000_000)]);
         let window = &policy.quiet[0];
         let at = |hour| Time::constant(hour, 30, 0, 0);
         assert!(window.contains(Weekday::Friday, at(22)));

@@ -177,8 +177,8 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
     assert_eq!(shop.points("web-1"), points);
     assert_eq!(shop.points("web-2").len(), 3);
     // What nobody misses goes when the user says so, and nothing that is followed.
-    let followed = shop.run(&["remove", "shop", "web-test"]);
-    followed.expect_code(4);
+    shop.run(&["remove", "shop", "web-test"]).expect_code(4);
+    shop.run(&["remove", "shop", ""]).expect_code(2);
     let first = points[0].rsplit('/').next().unwrap();
     shop.run(&["pin", "shop", "web-1", first]).expect_code(0);
     let pinned = shop.run(&["remove", "shop", "web-1"]);

@@ -216,8 +216,11 @@ pub async fn pin(on: &Host, directory: &str, name: &str, stays: bool) -> Result<
 /// stay, unless `pinned_too`; busy, when a run is at it; when the host cannot be reached.
 pub async fn remove(on: &Hypervisor, directory: &str, pinned_too: bool) -> Result<Vec<String>> {
     let host = on.host();
-    let is_there = host.names_in(directory).await?.is_some();
-    if !is_there {
+    let names = host.names_in(directory).await?.unwrap_or_default();
+    let is_replica = ["head", "points"]
+        .iter()
+        .any(|own| names.iter().any(|name| name == own));
+    if !is_replica {
         let message = format!("there is no replica in {directory} on {host}");
         return Err(Error::new(ErrorCode::NotFound, message));
     }

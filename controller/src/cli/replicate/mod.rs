@@ -7,6 +7,7 @@ mod run;
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
 use jiff::SignedDuration;
 use serde::Serialize;
@@ -78,7 +79,7 @@ pub(super) struct OfPolicy {
     #[arg(value_name = "POLICY")]
     policy: String,
     /// VM
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", value_parser = NonEmptyStringValueParser::new())]
     vm: String,
 }
 

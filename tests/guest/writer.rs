@@ -8,7 +8,7 @@ use std::io::{self, Write as _};
 use std::time::{Duration, Instant};
 
 /// Between two records: an emulated processor that never rests takes one of the host's.
-const REST: Duration = Duration::from_millis(5);
+const REST: Duration = Duration::from_millis(15);
 
 /// The test reads records of this length; see `tests/src/hypervisor/records.rs`.
 const RECORD: usize = 64;

@@ -193,7 +193,7 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
         Some(points.len())
     );
     let left = shop.site.b.run(&["ls", "-A", PLACE]);
-    assert_eq!(left.trim(), "web-2");
+    assert_eq!(left.lines().collect::<Vec<_>>(), [".order.json", "web-2"]);
     let followed = shop.run(&["remove", "shop", "web-2"]);
     followed.expect_code(5);
     assert!(followed.stderr.contains("is about it"), "{followed}");

@@ -30,7 +30,7 @@ const CHANGED: u64 = 6 * MIB;
 const POLL: Duration = Duration::from_micros(500);
 
 fn kills() -> u32 {
-    std::env::var("KVM_CLONE_VM_KILLS").map_or(5, |kills| kills.parse().unwrap())
+    std::env::var("KVM_CLONE_VM_KILLS").map_or(3, |kills| kills.parse().unwrap())
 }
 
 /// What is under the name of a disk.

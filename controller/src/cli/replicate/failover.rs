@@ -36,6 +36,27 @@ struct Chosen {
     from: Option<OsString>,
 }
 
+/// Replicas of a policy, which has to be there.
+#[derive(Debug, Args)]
+struct Replicated {
+    #[command(flatten)]
+    file: File,
+    /// Policy
+    #[arg(value_name = "POLICY")]
+    policy: String,
+    /// Only this VM; may be repeated
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+}
+
+impl Replicated {
+    async fn find(&self, app: &App, context: &Context) -> Result<(Policy, Replicas)> {
+        let policy = self.file.one(app, &self.policy)?;
+        let replicas = Replicas::of_policy(context, &policy, &self.vms).await?;
+        Ok((policy, replicas))
+    }
+}
+
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Failover {
     #[command(flatten)]
@@ -59,13 +80,7 @@ pub(in crate::cli) struct Failover {
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Test {
     #[command(flatten)]
-    file: File,
-    /// Policy
-    #[arg(value_name = "POLICY")]
-    policy: String,
-    /// Only this VM; may be repeated
-    #[arg(long = "vm", value_name = "NAME")]
-    vms: Vec<String>,
+    of: Replicated,
     /// The newest points that are not newer than this one [default: the newest]
     #[arg(long, value_name = "POINT")]
     point: Option<String>,
@@ -115,13 +130,7 @@ impl Stopping {
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Failback {
     #[command(flatten)]
-    file: File,
-    /// Policy
-    #[arg(value_name = "POLICY")]
-    policy: String,
-    /// Only this VM; may be repeated
-    #[arg(long = "vm", value_name = "NAME")]
-    vms: Vec<String>,
+    of: Replicated,
     /// Overwrite what is on the source's disks, and do not keep it as a point first
     #[arg(long)]
     discard_diverged: bool,
@@ -189,10 +198,9 @@ impl Chosen {
 }
 
 pub(super) async fn test(app: &App, args: &Test) -> Result<()> {
-    let policy = args.file.one(app, &args.policy)?;
     let context = app.transfer_context();
+    let (policy, replicas) = args.of.find(app, &context).await?;
     let (point, TimeLimit(limit)) = (args.point.as_deref(), args.limit);
-    let replicas = Replicas::of_policy(&context, &policy, &args.vms).await?;
     let tested = replicas.rehearse(&context, app.connect(), &policy, point, limit);
     let vms = tested.await;
     let failed = ended(app, vms.iter().map(|vm| &vm.outcome));
@@ -252,10 +260,9 @@ pub(super) async fn fail_over(app: &App, args: Failover) -> Result<()> {
 }
 
 pub(super) async fn fail_back(app: &App, args: &Failback) -> Result<()> {
-    let policy = args.file.one(app, &args.policy)?;
     let context = app.transfer_context();
+    let (policy, replicas) = args.of.find(app, &context).await?;
     let (stop, discards) = (args.stopping.stop(), args.discard_diverged);
-    let replicas = Replicas::of_policy(&context, &policy, &args.vms).await?;
     let back = replicas.bring_back(&context, app.connect(), &policy, stop, discards);
     let vms = back.await;
     let failed = ended(app, vms.iter().map(|vm| &vm.outcome));

@@ -230,8 +230,20 @@ fn a_replica_begins_with_a_seed_is_paused_has_hooks_and_loses_no_points_to_a_dis
         "adopt",
         "shop",
         "web",
+        "vda=qcow2:/var/lib/libvirt/images/seed.qcow2",
+    ];
+    // A format that is not said is raw, whatever the image looks like: these are other bytes.
+    let unsaid = [
+        "adopt",
+        "shop",
+        "web",
         "vda=/var/lib/libvirt/images/seed.qcow2",
     ];
+    shop.run(&unsaid).expect_code(0);
+    let head = shop.site.b.image("kvm-clone/shop/web/head/vda.raw");
+    assert_eq!(digest(&head), digest(&seed));
+    shop.run(&["remove", "shop", "web"]).expect_code(5);
+    shop.site.b.run(&["rm", "-r", &format!("{PLACE}/web")]);
     shop.run(&adopt).expect_code(0);
     shop.run(&adopt).expect_code(5);
     let nothing = shop.run(&["adopt", "shop", "web", "vda=/seed.qcow2"]);

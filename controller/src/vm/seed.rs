@@ -78,9 +78,8 @@ pub async fn adopt(on: &Hypervisor, directory: &str, seeds: &[Seed]) -> Result<(
         for seed in seeds {
             let target = naming::join(&unfinished, &file_of(&seed.target));
             // QEMU refuses an image that a VM writes to; -C shares blocks where that can be.
-            let words = [
-                "qemu-img", "convert", "-C", "-O", "raw", &seed.path, &target,
-            ];
+            let words = ["qemu-img", "convert", "-C", "-f", &seed.format, "-O", "raw"];
+            let words = [&words[..], &[&seed.path, &target]].concat();
             host.tool_output(&words, b"").await?;
         }
         host.remove(std::slice::from_ref(&head)).await?;
@@ -100,12 +99,22 @@ mod tests {
 
     #[test]
     fn what_is_no_disk_is_refused() {
-        let seed: Seed = "vda=/seed/a=b.raw".parse().unwrap();
-        assert_eq!(
-            (seed.target.as_str(), seed.path.as_str()),
-            ("vda", "/seed/a=b.raw")
-        );
-        for wrong in ["vda", "=/a", "vda=a", "../x=/a", "vd a=/a"] {
+        let read = |text: &str| {
+            let seed: Seed = text.parse().unwrap();
+            [seed.target, seed.format, seed.path]
+        };
+        assert_eq!(read("vda=/seed/a=b:c"), ["vda", "raw", "/seed/a=b:c"]);
+        assert_eq!(read("vda=/seed/a=b.raw"), ["vda", "raw", "/seed/a=b.raw"]);
+        assert_eq!(read("sda=qcow2:/seed/a"), ["sda", "qcow2", "/seed/a"]);
+        for wrong in [
+            "vda",
+            "=/a",
+            "vda=a",
+            "../x=/a",
+            "vd a=/a",
+            "vda=-f:/a",
+            "vda=:/a",
+        ] {
             assert!(wrong.parse::<Seed>().is_err(), "{wrong}");
         }
     }

@@ -16,12 +16,9 @@ pub async fn tell(here: &Host, notify: &Notify, notice: &Notice) -> Vec<Error> {
     let json = serde_json::to_string(notice).unwrap_or_default();
     let mut failed = Vec::new();
     if let Some(command) = &notify.command {
-        let words = ["sh", "-c", command.as_str()];
-        failed.extend(
-            run(here, "the command", &words, json.as_bytes())
-                .await
-                .err(),
-        );
+        let told = here.user_command(command, &[], json.as_bytes(), LIMIT);
+        let told = told.await.err();
+        failed.extend(told.map(|error| error.context("the command of [notify] failed")));
     }
     if let Some(address) = &notify.mail {
         let words = ["sendmail", "-oi", "--", address];

@@ -172,57 +172,52 @@ pub async fn one(
     which: Which,
     pruning: Pruning,
 ) -> Turn {
-    let mut turn = Turn {
-        standing: Standing::Follows,
-        run: None,
+    let (standing, run) = match look(context, connect, policy, vm, which).await {
+        Ok((standing, false)) => (standing, None),
+        Ok((standing, true)) => {
+            let made = make(context, connect, policy, vm, pruning).await;
+            (standing, Some(made))
+        }
+        Err(error) => (Standing::Follows, Some(failed(policy, vm, error))),
     };
+    Turn { standing, run }
+}
+
+/// What a replica is found to be, and whether it needs a point.
+async fn look(
+    context: &Context,
+    connect: &str,
+    policy: &Policy,
+    vm: &str,
+    which: Which,
+) -> Result<(Standing, bool)> {
     if context.cancelled.is_cancelled() {
-        let error = Error::new(ErrorCode::Cancelled, "stopped by the user");
-        turn.run = Some(failed(policy, vm, error));
-        return turn;
+        return Err(Error::new(ErrorCode::Cancelled, "stopped by the user"));
     }
     let on = Hypervisor::new(context.host(&policy.destination), connect);
+    if let Some(pause) = pause::paused(&on, &policy.place()).await? {
+        if which != Which::All {
+            return Ok((Standing::Follows, false));
+        }
+        let message = format!("{} is paused since {}", policy.name, pause.since);
+        return Err(Error::new(ErrorCode::Refused, message)
+            .hint("\"kvm-clone-ctl replicate resume\" ends that"));
+    }
+    if which == Which::All {
+        return Ok((Standing::Follows, true));
+    }
     let directory = policy.directory_of(vm);
-    match pause::paused(&on, &policy.place()).await {
-        Ok(None) => {}
-        Ok(Some(_)) if which != Which::All => return turn,
-        Ok(Some(pause)) => {
-            let message = format!("{} is paused since {}", policy.name, pause.since);
-            let error = Error::new(ErrorCode::Refused, message)
-                .hint("\"kvm-clone-ctl replicate resume\" ends that");
-            turn.run = Some(failed(policy, vm, error));
-            return turn;
-        }
-        Err(error) => {
-            turn.run = Some(failed(policy, vm, error));
-            return turn;
-        }
-    }
-    if which != Which::All {
-        let source = Hypervisor::new(context.host(&policy.source), connect);
-        match failover::standing(&on, &directory, &source).await {
-            Ok(standing) => turn.standing = standing,
-            Err(error) => {
-                turn.run = Some(failed(policy, vm, error));
-                return turn;
-            }
-        }
-    }
-    match (turn.standing, which) {
-        (Standing::Live, _) => return turn,
-        (Standing::Follows, Which::Due) => match is_due(on.host(), &directory, policy).await {
-            Ok(true) => {}
-            Ok(false) => return turn,
-            Err(error) => {
-                turn.run = Some(failed(policy, vm, error));
-                return turn;
-            }
-        },
+    let source = Hypervisor::new(context.host(&policy.source), connect);
+    let standing = failover::standing(&on, &directory, &source).await?;
+    let needs_one = match standing {
+        Standing::Live => false,
         // That its source runs as well is to be told at once.
-        (Standing::SplitBrain | Standing::Follows, _) => {}
-    }
-    turn.run = Some(make(context, connect, policy, vm, pruning).await);
-    turn
+        Standing::SplitBrain => true,
+        Standing::Follows => {
+            which == Which::Scheduled || is_due(on.host(), &directory, policy).await?
+        }
+    };
+    Ok((standing, needs_one))
 }
 
 /// Makes a new point of a VM.
@@ -240,7 +235,8 @@ async fn make(
         source: policy.source.to_string(),
         destination: policy.destination.to_string(),
     });
-    let begun = before(context, policy, vm).await;
+    let before = ("before", policy.hooks.before.as_ref());
+    let begun = hook(context, policy, vm, before, &[]).await;
     let has_begun = begun.is_ok();
     let (result, point) = match begun {
         Ok(()) => replica::refresh(context, connect, &request).await,
@@ -255,10 +251,17 @@ async fn make(
         doubt: None,
     };
     if has_begun {
-        let after = after(context, policy, vm, run.point.as_deref()).await;
-        run.result
-            .warnings
-            .extend(after.err().map(|error| error.one_line()));
+        let result = if run.point.is_some() {
+            "made"
+        } else {
+            "failed"
+        };
+        let point = run.point.as_deref().unwrap_or_default();
+        let variables = [("RESULT", result), ("POINT", point)];
+        let after = ("after", policy.hooks.after.as_ref());
+        let ended = hook(context, policy, vm, after, &variables).await;
+        let warning = ended.err().map(|error| error.one_line());
+        run.result.warnings.extend(warning);
     }
     if let Some(point) = run.point.clone() {
         let on = Hypervisor::new(context.host(&policy.destination), connect);
@@ -273,34 +276,23 @@ async fn make(
     run
 }
 
-/// The user's command ahead of a run.
-async fn before(context: &Context, policy: &Policy, vm: &str) -> Result<()> {
-    let Some(command) = &policy.hooks.before else {
+/// A command of the user around a run, if there is one, with these variables besides policy and VM.
+async fn hook(
+    context: &Context,
+    policy: &Policy,
+    vm: &str,
+    (name, command): (&str, Option<&String>),
+    variables: &[(&str, &str)],
+) -> Result<()> {
+    let Some(command) = command else {
         return Ok(());
     };
-    let variables = [("POLICY", policy.name.as_str()), ("VM", vm)];
+    let always = [("POLICY", policy.name.as_str()), ("VM", vm)];
+    let variables = [&always, variables].concat();
     let here = context.host(&HostSpec::Local);
     let limit = policy.hooks.limit.unsigned_abs();
     let done = here.user_command(command, &variables, b"", limit).await;
-    done.map_err(|error| error.context(format!("\"before\" of {} failed", policy.name)))
-}
-
-/// The user's command behind it.
-async fn after(context: &Context, policy: &Policy, vm: &str, point: Option<&str>) -> Result<()> {
-    let Some(command) = &policy.hooks.after else {
-        return Ok(());
-    };
-    let result = if point.is_some() { "made" } else { "failed" };
-    let variables = [
-        ("POLICY", policy.name.as_str()),
-        ("VM", vm),
-        ("RESULT", result),
-        ("POINT", point.unwrap_or_default()),
-    ];
-    let here = context.host(&HostSpec::Local);
-    let limit = policy.hooks.limit.unsigned_abs();
-    let done = here.user_command(command, &variables, b"", limit).await;
-    done.map_err(|error| error.context(format!("\"after\" of {} failed", policy.name)))
+    done.map_err(|error| error.context(format!("\"{name}\" of {} failed", policy.name)))
 }
 
 /// Whether a point is due.

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::keep::newest;
 use super::policy::Policy;
 use super::run::{Found, find};
+use super::scheduler::Job;
 use crate::error::Result;
 use crate::history::{Filter, History, Record};
 use crate::libvirt::Hypervisor;
@@ -114,8 +115,14 @@ impl LastRun {
     }
 }
 
-/// The last runs that have ended, by policy and VM.
-fn last_runs() -> Result<BTreeMap<(String, String), LastRun>> {
+/// The last runs that have ended.
+pub type LastRuns = BTreeMap<Job, LastRun>;
+
+/// Looks for the last runs of all policies in the history of this user.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn last_runs() -> Result<LastRuns> {
     let filter = Filter {
         limit: RUNS,
         operation: Some("replicate"),
@@ -128,7 +135,10 @@ fn last_runs() -> Result<BTreeMap<(String, String), LastRun>> {
             .as_ref()
             .and_then(|result| result["policy"].as_str());
         if let (Some(policy), Some(vm)) = (policy, &record.vm) {
-            let job = (policy.to_owned(), vm.clone());
+            let job = Job {
+                policy: policy.to_owned(),
+                vm: vm.clone(),
+            };
             last.entry(job).or_insert_with(|| LastRun::read(&record));
         }
     }
@@ -144,6 +154,7 @@ pub async fn status(
     context: &Context,
     connect: &str,
     policy: &Policy,
+    last: &LastRuns,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<VmStatus>> {
     let source = Hypervisor::new(context.host(&policy.source), connect);
@@ -165,10 +176,6 @@ pub async fn status(
         }
     };
     let on = Hypervisor::new(destination.clone(), connect);
-    let last = last_runs().unwrap_or_else(|error| {
-        warnings.push(error.one_line());
-        BTreeMap::new()
-    });
     let is_paused = pause::paused(&on, &policy.place()).await?.is_some();
     let mut all = Vec::new();
     let vms = found.vms.iter().map(|vm| (vm, false));
@@ -188,15 +195,19 @@ pub async fn status(
         let due = newest.map_or(Some(now), |newest| policy.schedule.after(newest));
         let is_run = !is_paused && !matches!(state, State::Live | State::Gone);
         warnings.extend(listed.strange);
-        all.push(VmStatus {
+        let job = Job {
             policy: policy.name.clone(),
-            vm: vm.to_owned(),
+            vm: vm.clone(),
+        };
+        all.push(VmStatus {
+            last_run: last.get(&job).cloned(),
+            policy: job.policy,
+            vm: job.vm,
             state,
             age_seconds: age.map(|age| age.as_secs()),
             rpo_seconds: policy.rpo.as_secs(),
             doubt,
             next_run: due.filter(|_| is_run),
-            last_run: last.get(&(policy.name.clone(), vm.clone())).cloned(),
             points: listed.points,
         });
     }

@@ -17,6 +17,7 @@ use crate::vm::failback::FailbackResult;
 use crate::vm::failover::{Committed, FailoverResult, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::rehearsal::{RehearsalResult, Sign};
+use crate::vm::replica::ReplicaRequest;
 use crate::vm::restore::{self, RestoreRequest, RestoreResult};
 
 /// Which replicas are meant.
@@ -322,13 +323,20 @@ fn host_and_directory(text: &OsStr) -> Result<(HostSpec, String)> {
 pub(super) async fn restore(app: &App, args: &Restore) -> Result<()> {
     let (policy, vm) = (args.of.load(app)?, &args.of.vm);
     let (to, to_directory) = host_and_directory(&args.to)?;
+    // From where, and how fast just now, is what a run would say.
+    let ReplicaRequest {
+        destination,
+        directory,
+        bandwidth_limit,
+        ..
+    } = policy.request(vm);
     let request = RestoreRequest {
-        from: policy.destination.clone(),
-        directory: policy.directory_of(vm),
+        from: destination,
+        directory,
         point: args.point.clone(),
         to,
         to_directory,
-        bandwidth_limit: policy.bandwidth_limit,
+        bandwidth_limit,
     };
     let context = app.transfer_context();
     let restored = restore::restore(&context, app.connect(), vm, &request).await;

@@ -136,6 +136,13 @@ impl OfPolicy {
     }
 }
 
+impl Named {
+    /// The policies.
+    fn load(&self, app: &App) -> Result<Vec<Policy>> {
+        self.file.load(app, &self.names)
+    }
+}
+
 impl File {
     fn path(&self, app: &App) -> PathBuf {
         let beside = || app.config_file.path().with_file_name("replication.toml");

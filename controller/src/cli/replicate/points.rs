@@ -11,8 +11,9 @@ use super::{App, Named, OfPolicy, report, span};
 use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
 use crate::output;
+use crate::replicate::policy::Policy;
 use crate::replicate::report as page;
-use crate::replicate::status::{LastRun, State, VmStatus, status};
+use crate::replicate::status::{LastRun, LastRuns, State, VmStatus, last_runs, status};
 use crate::vm::doubt::{self, Doubt};
 use crate::vm::point::Point;
 use crate::vm::replica;
@@ -90,11 +91,15 @@ struct Vms {
     vms: Vec<VmStatus>,
 }
 
-async fn look(app: &App, named: &Named) -> Result<Vec<VmStatus>> {
+async fn look(app: &App, policies: &[Policy]) -> Result<Vec<VmStatus>> {
     let context = app.transfer_context();
     let (mut vms, mut warnings) = (Vec::new(), Vec::new());
-    for policy in named.file.load(app, &named.names)? {
-        vms.extend(status(&context, app.connect(), &policy, &mut warnings).await?);
+    let last = last_runs().unwrap_or_else(|error| {
+        warnings.push(error.one_line());
+        LastRuns::new()
+    });
+    for policy in policies {
+        vms.extend(status(&context, app.connect(), policy, &last, &mut warnings).await?);
     }
     for warning in &warnings {
         app.warn(warning);
@@ -103,7 +108,7 @@ async fn look(app: &App, named: &Named) -> Result<Vec<VmStatus>> {
 }
 
 pub(super) async fn points(app: &App, named: &Named) -> Result<()> {
-    let vms = look(app, named).await?;
+    let vms = look(app, &named.load(app)?).await?;
     report(app, "replicate-points", Vms { vms }, None, |what| {
         point_table(&what.vms)
     })
@@ -166,10 +171,14 @@ pub(super) async fn remove(app: &App, args: &Remove) -> Result<()> {
 }
 
 pub(super) async fn show_status(app: &App, args: &Status) -> Result<()> {
+    let looked = match args.named.load(app) {
+        Ok(policies) => look(app, &policies).await,
+        Err(error) => Err(error),
+    };
     if args.nagios {
-        return nagios(look(app, &args.named).await);
+        return nagios(looked);
     }
-    let vms = look(app, &args.named).await?;
+    let vms = looked?;
     let not_kept = vms.iter().filter(|vm| !vm.state.is_well()).count();
     let failed = (args.exit_code && not_kept > 0).then(|| {
         let message = format!("of {not_kept} of {} VMs the promise is not kept", vms.len());
@@ -221,8 +230,8 @@ fn nagios(vms: Result<Vec<VmStatus>>) -> Result<()> {
 }
 
 pub(super) async fn write_report(app: &App, args: &Report) -> Result<()> {
-    let vms = look(app, &args.named).await?;
-    let policies = args.named.file.load(app, &args.named.names)?;
+    let policies = args.named.load(app)?;
+    let vms = look(app, &policies).await?;
     let page = page::Report::new(policies, vms)?.html();
     let file = args.to.display().to_string();
     let written = std::fs::write(&args.to, page);

@@ -68,7 +68,7 @@ pub(super) fn init(path: &Path) -> Result<()> {
 }
 
 pub(super) async fn check_policies(app: &App, named: &Named) -> Result<()> {
-    let policies = named.file.load(app, &named.names)?;
+    let policies = named.load(app)?;
     let context = app.transfer_context();
     let (mut all, mut failed) = (Vec::new(), None);
     for policy in &policies {
@@ -101,7 +101,7 @@ pub(super) async fn check_policies(app: &App, named: &Named) -> Result<()> {
 pub(super) async fn pause(app: &App, named: &Named) -> Result<()> {
     let context = app.transfer_context();
     let mut paused = Vec::new();
-    for policy in named.file.load(app, &named.names)? {
+    for policy in named.load(app)? {
         let on = Hypervisor::new(context.host(&policy.destination), app.connect());
         let Pause { since, .. } = pause::pause(&on, &policy.place()).await?;
         let policy = policy.name;
@@ -118,7 +118,7 @@ pub(super) async fn pause(app: &App, named: &Named) -> Result<()> {
 pub(super) async fn resume(app: &App, named: &Named) -> Result<()> {
     let context = app.transfer_context();
     let mut paused = Vec::new();
-    for policy in named.file.load(app, &named.names)? {
+    for policy in named.load(app)? {
         let on = Hypervisor::new(context.host(&policy.destination), app.connect());
         if let Some(Pause { since, .. }) = pause::resume(&on, &policy.place()).await? {
             let policy = policy.name;

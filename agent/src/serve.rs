@@ -17,7 +17,7 @@ use bytes::Bytes;
 use kvm_clone_protocol::frame::Frame;
 use kvm_clone_protocol::message::{
     Alive, Commit, Committed, Control, Dial, Dialed, FailureCode, Hello, Leftover, Listen,
-    Listening, Message, Open, Prepare, Recover, Recovered, Start, Welcome,
+    Listening, Message, Open, Prepare, Preserve, Recover, Recovered, Start, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
 use kvm_clone_protocol::sync::MAX_STREAMS;
@@ -266,6 +266,7 @@ impl Server {
             Control::Dial(dial) => (None, self.dial(dial, request)),
             Control::Start(start) => (Some(start.disk), self.start(start, request)),
             Control::Prepare(prepare) => (Some(prepare.disk), self.prepare(prepare, request)),
+            Control::Preserve(preserve) => (Some(preserve.disk), self.preserve(preserve, request)),
             Control::Commit(commit) => (None, self.commit(commit, request)),
             Control::Recover(recover) => (None, self.recover(&recover, request)),
             other => {
@@ -404,6 +405,21 @@ impl Server {
             let mut slot = shelf.lock_owned().await;
             let prepared = blocking(move || on(&mut slot, "prepare")?.prepare(&prepare)).await;
             answers.answer(Some(number), prepared);
+            drop(request);
+        });
+        Ok(())
+    }
+
+    fn preserve(&mut self, preserve: Preserve, request: Request) -> Result<(), Failure> {
+        let shelf = self.shelf(preserve.disk, "preserve")?;
+        let (number, answers) = (preserve.disk, self.answers.clone());
+        tokio::spawn(async move {
+            let slot = shelf.lock_owned().await;
+            let preserved = blocking(move || match slot.as_ref() {
+                Some(slot) => slot.preserve(&preserve),
+                None => Err(protocol(format!("preserve: disk {number} is not open"))),
+            });
+            answers.answer(Some(number), preserved.await);
             drop(request);
         });
         Ok(())

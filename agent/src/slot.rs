@@ -15,8 +15,8 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_clone_protocol::digest::Digester;
 use kvm_clone_protocol::message::{
-    Access, Compression, FailureCode, Keeps, Location, Open, Opened, Prepare, Prepared, Role,
-    SessionParams, Start, Started,
+    Access, Compression, FailureCode, Keeps, Location, Open, Opened, Prepare, Prepared, Preserve,
+    Preserved, Role, SessionParams, Start, Started,
 };
 use kvm_clone_protocol::sync::{DATA_AHEAD, Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
@@ -360,6 +360,22 @@ impl Slot {
         };
         self.is_prepared = true;
         Ok(Prepared { disk: number, root })
+    }
+
+    /// Puts what the commit will overwrite into another image.
+    ///
+    /// # Errors
+    /// [`Failure`] of protocol, or as [`Destination::preserve`].
+    pub(crate) fn preserve(&self, preserve: &Preserve) -> Result<Preserved, Failure> {
+        let disk = preserve.disk;
+        let destination = self.destination().filter(|_| self.is_prepared);
+        let destination = destination.ok_or_else(|| {
+            let message = format!("preserve: disk {disk} has nothing to preserve");
+            Failure::new(FailureCode::Protocol, message)
+        })?;
+        disk::permit(&Location::Path(preserve.path.clone()), Access::Destination)?;
+        destination.preserve(Path::new(OsStr::from_bytes(&preserve.path)))?;
+        Ok(Preserved { disk })
     }
 
     /// Whether all that has arrived is durable, and can count.

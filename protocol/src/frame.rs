@@ -54,6 +54,8 @@ pub enum FrameKind {
     Recover = 0x15,
     Leftover = 0x16,
     Recovered = 0x17,
+    Preserve = 0x18,
+    Preserved = 0x19,
 
     Digests = 0x40,
     Holes = 0x41,
@@ -69,7 +71,7 @@ pub enum FrameKind {
 
 impl FrameKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 35] = [
         Self::Hello,
         Self::Welcome,
         Self::Open,
@@ -93,6 +95,8 @@ impl FrameKind {
         Self::Recover,
         Self::Leftover,
         Self::Recovered,
+        Self::Preserve,
+        Self::Preserved,
         Self::Digests,
         Self::Holes,
         Self::Data,

@@ -123,7 +123,7 @@ messages! {
     Control {
         Hello, Welcome, Open, Opened, Listen, Listening, Dial, Dialed, Start, Started, Progress,
         Ended, Prepare, Prepared, Commit, Committed, Abort, Failed, Alive, Warning, Recover,
-        Leftover, Recovered,
+        Leftover, Recovered, Preserve, Preserved,
     }
 }
 
@@ -521,6 +521,23 @@ pub struct Prepared {
     pub disk: u32,
     /// The root of what was read once more.
     pub root: Option<Digest>,
+}
+
+/// Controller to the receiver's agent: put what the commit of a prepared disk will overwrite where it
+/// is not lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preserve {
+    /// The disk's number.
+    pub disk: u32,
+    /// An image on that host, absolute: qcow2 with clusters of 64 KiB, which stands on the disk.
+    pub path: Vec<u8>,
+}
+
+/// Agent to controller: the answer to [`Preserve`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preserved {
+    /// The disk's number.
+    pub disk: u32,
 }
 
 /// Controller to the receiver's agent: all disks are prepared; let them take their names.

@@ -103,6 +103,8 @@ fn pin(kind: FrameKind) -> Pin {
         FrameKind::Recover => recover(),
         FrameKind::Leftover => leftover(),
         FrameKind::Recovered => recovered(),
+        FrameKind::Preserve => preserve(),
+        FrameKind::Preserved => preserved(),
         FrameKind::Beat => beat(),
         FrameKind::Place => place(),
     }
@@ -393,6 +395,28 @@ fn prepared() -> Pin {
         "02000000 0e 00 0200  # 2 bytes, Prepared
          03  # disk
          00  # root: none"
+    )
+}
+
+fn preserve() -> Pin {
+    pin!(
+        Control,
+        Preserve {
+            disk: 3,
+            path: b"/d".to_vec(),
+        },
+        "04000000 18 00 0400  # 4 bytes, Preserve
+         03  # disk
+         02 2f64  # path: /d"
+    )
+}
+
+fn preserved() -> Pin {
+    pin!(
+        Control,
+        Preserved { disk: 3 },
+        "01000000 19 00 0100  # 1 byte, Preserved
+         03  # disk"
     )
 }
 

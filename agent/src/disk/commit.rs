@@ -344,7 +344,7 @@ impl Destination {
     }
 
     /// The old version and the journal, where changes wait.
-    fn staged(&self) -> Option<(&Image, &Journal)> {
+    pub(super) fn staged(&self) -> Option<(&Image, &Journal)> {
         let work = self.work.as_ref()?;
         let is_staged = work.apply == Apply::Staged;
         is_staged.then_some((self.base.as_deref()?, work.journal.as_deref()?))

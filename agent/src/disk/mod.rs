@@ -15,6 +15,7 @@ mod call;
 mod claims;
 mod commit;
 mod confinement;
+mod delta;
 mod destination;
 mod direct;
 mod exported;

@@ -122,6 +122,10 @@ impl Story {
 
     fn finish(mut self) {
         self.prepare();
+        self.finish_prepared();
+    }
+
+    fn finish_prepared(mut self) {
         self.note_commit();
         forward(&self.destinations.iter().collect::<Vec<_>>()).unwrap();
         self.run.take().unwrap().end().unwrap();
@@ -194,6 +198,41 @@ fn what_is_staged_counts_at_the_commit_and_leaves_nothing() {
     assert_eq!(ground.names(), ["disk"]);
     assert_eq!(fs::metadata(ground.disk()).unwrap().ino(), inode);
     assert_eq!(fates(Recovery::RollBack), []);
+}
+
+#[test]
+fn what_is_overwritten_is_kept_of_changes_that_wait_beside_a_disk_and_of_no_others() {
+    for (choice, fits) in [(ApplyChoice::Staged, true), (ApplyChoice::Inplace, false)] {
+        let ground = Ground::new();
+        let delta = ground.path("delta");
+        fs::write(&delta, vec![7; BLOCK_LEN]).unwrap();
+        let mut story = Story::begin(&[ground.disk()], choice);
+        story.change();
+        story.prepare();
+        let failure = story.destinations[0].preserve(&delta).unwrap_err();
+        assert_eq!(failure.code, FailureCode::Refused);
+        assert_eq!(
+            failure.message.contains("no plain qcow2"),
+            fits,
+            "{failure:?}"
+        );
+        assert_eq!(
+            failure.message.contains("--apply staged"),
+            !fits,
+            "{failure:?}"
+        );
+        story.finish_prepared();
+        assert_eq!(ground.holds("disk"), NEW);
+        let mut story = Story::begin(&[ground.disk()], ApplyChoice::Staged);
+        story.prepare();
+        // Nothing is overwritten.
+        story.destinations[0].preserve(&delta).unwrap();
+        let mut story = Story::begin(&[ground.path("new")], choice);
+        story.change();
+        story.prepare();
+        story.destinations[0].preserve(&delta).unwrap();
+        assert_eq!(fs::read(&delta).unwrap(), vec![7; BLOCK_LEN]);
+    }
 }
 
 #[test]

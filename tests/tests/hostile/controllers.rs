@@ -97,6 +97,11 @@ fn answers() -> Vec<Story> {
             }),
         ),
         (
+            "a preserved disk",
+            Protocol,
+            message(&Preserved { disk: 0 }),
+        ),
+        (
             "a committed disk",
             Protocol,
             message(&Committed { disks: vec![0] }),

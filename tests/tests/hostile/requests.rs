@@ -116,6 +116,22 @@ fn requests_that_make_no_sense_are_refused_one_by_one() {
             }),
         ),
         (
+            "a preserve of no disk",
+            Protocol,
+            message(&Preserve {
+                disk: 7,
+                path: b"/d".to_vec(),
+            }),
+        ),
+        (
+            "a preserve before the session",
+            Protocol,
+            message(&Preserve {
+                disk: 0,
+                path: b"/d".to_vec(),
+            }),
+        ),
+        (
             "a commit of no disk",
             Protocol,
             message(&Commit { disks: vec![7] }),

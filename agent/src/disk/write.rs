@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::LazyLock;
 
 use kvm_clone_protocol::digest::is_zero;
 use kvm_clone_protocol::message::FailureCode;
@@ -19,8 +20,9 @@ use crate::failure::Failure;
 /// The grain of holes inside a block: the block size of the usual file systems.
 const GRAIN: usize = 4096;
 
-/// Zeros to write where no hole can be had.
-pub(super) static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
+/// Zeros to write where no hole can be had: made when they are needed, since a constant would be
+/// another block of every agent that is sent to a host.
+pub(super) static ZEROS: LazyLock<Vec<u8>> = LazyLock::new(|| vec![0; BLOCK_LEN]);
 
 impl Image {
     /// Writes a block with its zero pages as holes.

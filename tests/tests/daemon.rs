@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kvm_clone_tests::controller::{Controller, Running, binary};
 use kvm_clone_tests::hypervisor::alone;
+use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::{tool, wait_for};
 use kvm_clone_tests::replication::Replication;
 use nix::sys::signal::{Signal, kill};
@@ -34,7 +35,7 @@ struct Watched {
 
 impl Watched {
     fn start() -> Option<Self> {
-        let shop = Replication::that_writes("")?;
+        let shop = Replication::that_writes(Kind::Xfs, "")?;
         let home = shop.site.controller.home();
         let (notices, metrics) = (home.join("notices"), home.join("metrics.prom"));
         std::fs::write(&notices, "").unwrap();

@@ -113,6 +113,7 @@ impl Demo<'_> {
             source: DiskSpec::at(HostSpec::Local, &self.source),
             destination: DiskSpec::at(self.host.clone(), &self.copy),
             dry_run: false,
+            preserve: None,
             options: Options::default(),
         };
         let mut result = transfer::run(self.context, &request).await;

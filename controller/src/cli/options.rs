@@ -439,6 +439,7 @@ impl DiskArgs {
             source: parse_disk(&self.source, "SRC_DISK")?,
             destination: parse_disk(&self.destination, "DST_DISK")?,
             dry_run,
+            preserve: None,
             options,
         })
     }

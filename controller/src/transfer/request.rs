@@ -140,6 +140,9 @@ pub struct Request {
     pub destination: DiskSpec,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// A qcow2 image on the destination's host that stands on the destination, and gets what that
+    /// loses: the method blocksync alone does it, where changes wait beside a disk.
+    pub preserve: Option<PathBuf>,
     /// How.
     pub options: Options,
 }

@@ -341,14 +341,12 @@ impl Making<'_> {
         let mut options = self.fit.options.clone();
         let files = self.plan.files.iter();
         let mut files: Vec<Move> = files
-            .map(|file| Move {
-                target: file.target.clone(),
-                source: file.source.clone(),
-                read_from: None,
-                destination: file.destination.clone(),
-                write_to: None,
-                is_of_guest: !file.public,
-                own_reference: false,
+            .map(|file| {
+                let (source, destination) = (file.source.clone(), file.destination.clone());
+                Move {
+                    is_of_guest: !file.public,
+                    ..Move::of_guest(&file.target, source, destination)
+                }
             })
             .collect();
         if let Some(hold) = hold {

@@ -134,15 +134,8 @@ impl<'a> Held<'a> {
             )
         })?;
         let hold = Hold::begin(source, reading, None, warnings).await?;
-        let mut moves = [Move {
-            target: disk.target.clone(),
-            source: self.path.clone(),
-            read_from: None,
-            destination: String::new(),
-            write_to: None,
-            is_of_guest: true,
-            own_reference: false,
-        }];
+        let image = self.path.clone();
+        let mut moves = [Move::of_guest(&disk.target, image, String::new())];
         if let Some(hold) = &hold {
             hold.redirect(&mut moves, &mut request.options);
         }

@@ -21,7 +21,7 @@ use super::network::NetworkConfig;
 use super::obstacle::{Obstacles, to_error};
 use super::outcome::Outcome;
 use super::point::{Point, Points};
-use super::replica::{self, ReplicaRequest};
+use super::replica::{self, Replica, ReplicaRequest};
 use super::{naming, result::VmResult, state};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
@@ -633,6 +633,7 @@ async fn bring_up(
     definition: &Definition,
 ) -> Result<()> {
     let host = on.host();
+    Replica::new(on, directory).make_readable(point).await?;
     for words in point.copying(definition, &replica::live(directory)) {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         host.tool_output(&words, b"").await?;

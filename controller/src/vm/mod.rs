@@ -13,6 +13,7 @@
 //!                  └ raw disks count, and with them the overlays
 //! ```
 
+mod chain;
 mod checkpoint;
 mod checks;
 pub mod clone;

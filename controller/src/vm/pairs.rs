@@ -124,15 +124,8 @@ fn pair_contents(
         );
         return None;
     }
-    Some(Move {
-        target: name.clone(),
-        source: disk.images[0].path.clone(),
-        destination: there.path.clone(),
-        read_from: None,
-        write_to: None,
-        is_of_guest: true,
-        own_reference: false,
-    })
+    let (source, destination) = (disk.images[0].path.clone(), there.path.clone());
+    Some(Move::of_guest(name, source, destination))
 }
 
 /// The formats of a disk's images, for people.
@@ -158,12 +151,8 @@ fn pair_images(disk: &SurveyedDisk, theirs: &SurveyedDisk, obstacles: &mut Obsta
         .enumerate()
         .map(|(at, (from, to))| Move {
             is_of_guest: at == 0,
-            target: target.clone(),
-            source: from.path.clone(),
-            destination: to.path.clone(),
-            read_from: None,
-            write_to: None,
             own_reference: from.backing != to.backing,
+            ..Move::of_guest(target, from.path.clone(), to.path.clone())
         })
         .collect()
 }

@@ -3,7 +3,8 @@
 //! well.
 //!
 //! ```text
-//!  DIR/points/20261129T123341Z/vda.raw …        what the guest saw
+//!  DIR/points/20261129T123341Z/vda.raw …        what the guest saw, unless files share no blocks: then
+//!  DIR/deltas/20261129T123341Z-vda.qcow2 …      the same, by what was overwritten since (chain.rs)
 //!                              domain.xml       the definition, with disks in DIR/live
 //!                              nvram, tpm/…     where the VM has them
 //!                              manifest.json    whose version, of when, how consistent
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::survey::Survey;
-use super::{naming, network};
+use super::{chain, naming, network};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, quoted};
 use crate::libvirt::Hypervisor;
@@ -101,10 +102,47 @@ impl PointConsistency {
 pub struct PointDisk {
     /// `vda`, `sda`, …
     pub target: String,
-    /// Its file in the point's directory: raw.
+    /// Its file in the point's directory, or in that of what was overwritten.
     pub file: String,
+    /// What that is.
+    #[serde(default, skip_serializing_if = "PointFormat::is_raw")]
+    pub format: PointFormat,
     /// What the guest sees, in bytes.
     pub size_bytes: u64,
+}
+
+/// What the file of a disk is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PointFormat {
+    /// The bytes that the guest sees.
+    #[default]
+    Raw,
+    /// A qcow2 image that stands on the next newer point, or on the head.
+    #[serde(rename = "qcow2")]
+    Delta,
+}
+
+impl PointFormat {
+    fn is_raw(&self) -> bool {
+        *self == Self::Raw
+    }
+
+    /// QEMU's name.
+    pub(super) fn of_qemu(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Delta => "qcow2",
+        }
+    }
+
+    /// The name of a disk's file, of the point of this name.
+    fn file_of(self, point: &str, target: &str) -> String {
+        match self {
+            Self::Raw => file_of(target),
+            Self::Delta => format!("{point}-{target}.qcow2"),
+        }
+    }
 }
 
 /// A point that is there.
@@ -144,6 +182,8 @@ pub(super) struct Making<'a> {
     pub(super) consistency: PointConsistency,
     /// The directory with the disks, `vda.raw` and so on, which hold that version.
     pub(super) head: &'a str,
+    /// What the files of its disks are.
+    pub(super) format: PointFormat,
     /// The contents of small files, by their names in the point.
     pub(super) small: &'a [(String, Vec<u8>)],
     /// What networks and bridges of the source are on the host of the point.
@@ -162,7 +202,7 @@ pub(super) fn live(directory: &str) -> String {
     naming::join(directory, "live")
 }
 
-/// The name of a disk's file.
+/// The name of a raw disk's file.
 pub(super) fn file_of(target: &str) -> String {
     format!("{target}.raw")
 }
@@ -177,7 +217,11 @@ impl<'a> Points<'a> {
         format!("{}/points/{name}", self.directory)
     }
 
-    /// Makes a point; its disks share their blocks with those of the head.
+    fn deltas(&self) -> String {
+        naming::join(self.directory, "deltas")
+    }
+
+    /// Makes a point; its disks share their blocks with those of the head, or stand on them.
     ///
     /// # Errors
     /// When the host cannot be reached, or something cannot be written: then there is none.
@@ -185,35 +229,25 @@ impl<'a> Points<'a> {
         let unfinished = self.path(".new");
         self.on.remove(std::slice::from_ref(&unfinished)).await?;
         self.on.make_directory(&unfinished, "0700").await?;
+        let name = name_of(making.instant);
         let disks: Vec<PointDisk> = making
             .survey
             .disks
             .iter()
             .map(|disk| PointDisk {
                 target: disk.target.clone(),
-                file: file_of(&disk.target),
+                file: making.format.file_of(&name, &disk.target),
+                format: making.format,
                 size_bytes: disk.size_bytes(),
             })
             .collect();
-        let heads: Vec<String> = disks
-            .iter()
-            .map(|disk| naming::join(making.head, &disk.file))
-            .collect();
-        let mut words = vec!["cp", "--reflink=always", "--preserve=mode", "--"];
-        words.extend(heads.iter().map(String::as_str));
-        words.push(&unfinished);
-        self.on.tool_output(&words, b"").await?;
-        let copies = disks
-            .iter()
-            .map(|disk| naming::join(&unfinished, &disk.file));
-        let copies: Vec<String> = copies.collect();
-        let mut words = vec!["sync", "--"];
-        words.extend(copies.iter().map(String::as_str));
-        self.on.tool_output(&words, b"").await?;
+        match making.format {
+            PointFormat::Raw => self.share(making.head, &disks, &unfinished).await?,
+            PointFormat::Delta => chain::make(self.on, &self.deltas(), &disks).await?,
+        }
 
         let live = live(self.directory);
         let definition = definition_at(making.survey, &live)?;
-        let name = name_of(making.instant);
         let manifest = Manifest {
             format: FORMAT,
             made_by: env!("CARGO_PKG_VERSION").to_owned(),
@@ -257,6 +291,25 @@ impl<'a> Points<'a> {
             .tool_output(&["sync", "--", &self.path("")], b"")
             .await?;
         Ok(point)
+    }
+
+    /// Copies the disks of the head, with which the copies share their blocks.
+    async fn share(&self, head: &str, disks: &[PointDisk], to: &str) -> Result<()> {
+        let heads: Vec<String> = disks
+            .iter()
+            .map(|disk| naming::join(head, &disk.file))
+            .collect();
+        let mut words = vec!["cp", "--reflink=always", "--preserve=mode", "--"];
+        words.extend(heads.iter().map(String::as_str));
+        words.push(to);
+        self.on.tool_output(&words, b"").await?;
+        let copies: Vec<String> = disks
+            .iter()
+            .map(|disk| naming::join(to, &disk.file))
+            .collect();
+        let mut words = vec!["sync", "--"];
+        words.extend(copies.iter().map(String::as_str));
+        self.on.tool_output(&words, b"").await.map(drop)
     }
 
     /// All that there are; none where there is no replica.
@@ -335,14 +388,20 @@ impl<'a> Points<'a> {
         self.on.tool_output(&words, b"").await.map(drop)
     }
 
-    /// Removes a point: it is there, or it is not.
+    /// Removes points: each is there, or it is not.
     ///
     /// # Errors
-    /// When the host cannot be reached, or it cannot be removed.
-    pub(super) async fn remove(&self, point: &Point) -> Result<()> {
-        let leaving = self.path(&format!(".gone-{}", point.name));
-        let words = ["mv", "-T", "--", &point.path, &leaving];
-        self.on.tool_output(&words, b"").await?;
+    /// When the host cannot be reached, or one cannot be removed.
+    pub(super) async fn remove(&self, points: &[&Point]) -> Result<()> {
+        if points.iter().any(|point| chain::stands(point)) {
+            let leaving = points.iter().map(|point| point.name.as_str()).collect();
+            chain::part(self.on, &self.list().await?, &leaving).await?;
+        }
+        for point in points {
+            let leaving = self.path(&format!(".gone-{}", point.name));
+            let words = ["mv", "-T", "--", &point.path, &leaving];
+            self.on.tool_output(&words, b"").await?;
+        }
         self.sweep().await
     }
 
@@ -354,7 +413,16 @@ impl<'a> Points<'a> {
         let names = self.on.names_in(&self.path("")).await?.unwrap_or_default();
         let hidden = names.iter().filter(|name| name.starts_with('.'));
         let hidden: Vec<String> = hidden.map(|name| self.path(name)).collect();
-        self.on.remove(&hidden).await
+        self.on.remove(&hidden).await?;
+        let deltas = self.deltas();
+        let files = self.on.names_in(&deltas).await?.unwrap_or_default();
+        let is_of_none = |file: &&String| {
+            let point = file.split_once('-').map(|(point, _)| point);
+            point.is_some_and(|point| !names.iter().any(|name| name == point))
+        };
+        let orphans = files.iter().filter(is_of_none);
+        let orphans: Vec<String> = orphans.map(|file| naming::join(&deltas, file)).collect();
+        self.on.remove(&orphans).await
     }
 }
 
@@ -422,18 +490,32 @@ pub(super) fn moved(definition: &Definition, from: &str, to: &str) -> Vec<Edit> 
 }
 
 impl Point {
+    /// The path of the file of one of its disks.
+    pub(super) fn file(&self, disk: &PointDisk) -> String {
+        match disk.format {
+            PointFormat::Raw => naming::join(&self.path, &disk.file),
+            PointFormat::Delta => {
+                let (directory, _) = naming::split(naming::split(&self.path).0);
+                format!("{directory}/deltas/{}", disk.file)
+            }
+        }
+    }
+
     /// The commands that copy it to where a VM may change it: its disks to `live`, which must not be
     /// there, and the small files to where libvirt has those.
     pub(super) fn copying(&self, definition: &Definition, live: &str) -> Vec<Vec<String>> {
         let Self { path, manifest, .. } = self;
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-        let disks = manifest.disks.iter();
-        let disks: Vec<String> = disks.map(|disk| naming::join(path, &disk.file)).collect();
-        let disks: Vec<&str> = disks.iter().map(String::as_str).collect();
-        let mut all: Vec<Vec<String>> = vec![
-            words(&["mkdir", "-m", "0711", live]),
-            words(&[&["cp", "--reflink=auto", "--"], &disks[..], &[live]].concat()),
-        ];
+        let mut all: Vec<Vec<String>> = vec![words(&["mkdir", "-m", "0711", live])];
+        for disk in &manifest.disks {
+            let (from, to) = (self.file(disk), naming::join(live, &file_of(&disk.target)));
+            all.push(match disk.format {
+                PointFormat::Raw => words(&["cp", "--reflink=auto", "--", &from, &to]),
+                PointFormat::Delta => words(&[
+                    "qemu-img", "convert", "-f", "qcow2", "-O", "raw", &from, &to,
+                ]),
+            });
+        }
         if let Some(nvram) = self.nvram(definition) {
             all.push(words(&["mkdir", "-p", naming::split(&nvram).0]));
             all.push(words(&["cp", "--", &naming::join(path, "nvram"), &nvram]));

@@ -18,7 +18,7 @@ use super::network::{self, NetworkConfig};
 use super::obstacle::{Obstacles, to_error};
 use super::outcome::Outcome;
 use super::point::{Point, moved};
-use super::replica;
+use super::replica::{self, Replica};
 use super::{naming, state};
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
@@ -288,10 +288,16 @@ impl Stage<'_> {
             made: point.made(definition),
         };
         state::write_to(&self.on, &self.note(), &note).await?;
-        // Runs go on meanwhile: one that removes just this point makes the copy fail, and no worse.
+        let replica = Replica::new(&self.on, self.directory);
+        // Of a point that stands on nothing runs go on meanwhile: one that removes just this point makes
+        // the copy fail, and no worse.
+        let lock = replica.hold(point).await?;
         for words in point.copying(definition, &self.disks()) {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             self.on.host().tool_output(&words, b"").await?;
+        }
+        if let Some(lock) = lock {
+            lock.end().await?;
         }
         let text = definition.text().as_bytes();
         self.on

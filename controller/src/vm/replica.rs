@@ -7,6 +7,7 @@
 //!      replica.lock    a run is at it, from whichever controller
 //!      head/vda.raw …  the newest version
 //!      points/…        versions that stay
+//!      deltas/…        their disks, where files share no blocks: chain.rs
 //! ```
 
 use std::collections::BTreeMap;
@@ -14,10 +15,11 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use jiff::{SignedDuration, Timestamp};
-use kvm_clone_protocol::message::Recovery;
+use kvm_clone_protocol::message::{ApplyChoice, Recovery};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::chain;
 use super::checks;
 use super::failover;
 use super::lineage::{self, Left};
@@ -25,7 +27,7 @@ use super::live::{self, Hold, LiveChoice, Quiesce, Reading, Version, Versions};
 use super::naming;
 use super::obstacle::{Obstacle, Obstacles, to_error};
 pub(super) use super::point::live;
-use super::point::{self, Listed, Making, Point, PointConsistency, Points};
+use super::point::{self, Listed, Making, Point, PointConsistency, PointFormat, Points};
 use super::result::VmResult;
 use super::space;
 use super::state;
@@ -115,6 +117,10 @@ struct Fit {
     /// When a run has last read all: before this one, and once it has ended.
     scanned_before: Option<Timestamp>,
     scanned: Option<Timestamp>,
+    /// The points before this run.
+    points: Vec<Point>,
+    /// What the disks of the new one will be.
+    format: PointFormat,
     /// Keeps other runs away.
     lock: Guard,
 }
@@ -174,13 +180,11 @@ pub async fn remove_points(on: &Host, directory: &str, points: &[Point]) -> Resu
     let lock = lock(on, directory).await?;
     let all = Points::of(on, directory);
     let pinned = all.pinned().await?;
-    let mut removed = Vec::new();
-    for point in points.iter().filter(|point| !pinned.contains(&point.path)) {
-        all.remove(point).await?;
-        removed.push(point.name.clone());
-    }
+    let goes = points.iter().filter(|point| !pinned.contains(&point.path));
+    let goes: Vec<&Point> = goes.collect();
+    all.remove(&goes).await?;
     lock.end().await?;
-    Ok(removed)
+    Ok(goes.iter().map(|point| point.name.clone()).collect())
 }
 
 /// Has a point stay whatever is removed, or lets it go again.
@@ -343,13 +347,14 @@ pub async fn check_place(
     Ok(obstacles.into_found())
 }
 
-/// The file system of a directory must leave so much free, and share blocks between files.
+/// The file system of a directory must leave so much free. Where files cannot share blocks there, its
+/// host needs QEMU's tools for points. Gives back what those are.
 async fn check_file_system(
     on: &Host,
     directory: &str,
     needed: u64,
     obstacles: &mut Obstacles,
-) -> Result<()> {
+) -> Result<PointFormat> {
     let free = on.space(directory).await?.free_bytes;
     if free < needed {
         let (free, needed) = (output::iec(free), output::iec(needed));
@@ -359,13 +364,17 @@ async fn check_file_system(
             "make room there, or keep fewer points",
         );
     }
-    if !shares_blocks(on, directory).await? {
+    if shares_blocks(on, directory).await? {
+        return Ok(PointFormat::Raw);
+    }
+    let found = on.tool(&["qemu-img", "--version"], b"").await?;
+    if !found.status.success() {
         obstacles.missing(
-            format!("{directory} on {on} is on a file system that does not share blocks"),
-            "points need XFS with reflink, or btrfs: choose another \"directory\"",
+            format!("files share no blocks in {directory} on {on}, and {on} has no qemu-img"),
+            "install qemu-utils (Debian) there, or choose a \"directory\" on XFS or btrfs",
         );
     }
-    Ok(())
+    Ok(PointFormat::Delta)
 }
 
 async fn shares_blocks(on: &Host, directory: &str) -> Result<bool> {
@@ -401,10 +410,7 @@ async fn run(
     let from = Hypervisor::new(context.host(&request.source), connect);
     let to = Hypervisor::new(context.host(&request.destination), connect);
     tokio::try_join!(from.host().share(), to.host().share())?;
-    let replica = Replica {
-        on: to,
-        directory: request.directory.clone(),
-    };
+    let replica = Replica::new(&to, &request.directory);
     let mut fit = Box::pin(prepare(&from, &replica, request, purpose, result)).await?;
     // Ahead of the instant that the disks are read as of: no point is taken for newer than it is.
     let now = Timestamp::now();
@@ -430,10 +436,13 @@ async fn run(
             instant: now,
             consistency: PointConsistency::of(result.consistency),
             head: &replica.head(),
+            format: fit.format,
             small: &small,
             networks: &request.networks,
         })
         .await?;
+    fit.points.push(point.clone());
+    chain::link(replica.on.host(), &fit.points, Some(&point)).await?;
     replica.end(&fit).await?;
     if matches!(fit.reading, Reading::Snapshot(_)) {
         live::prune(&fit.source, &fit.versions).await?;
@@ -495,7 +504,7 @@ async fn prepare(
         bandwidth_limit: request.bandwidth_limit,
         ..Options::default()
     };
-    replica
+    let format = replica
         .check_room(&source, is_first, request.min_free, &mut obstacles)
         .await?;
     let found = obstacles.into_found();
@@ -514,7 +523,7 @@ async fn prepare(
     if let Some(error) = to_error(&obstacles.into_found(), &what) {
         return Err(error);
     }
-    let head = replica.settle().await?;
+    let (head, points) = replica.settle().await?;
     let scanned_before = head.as_ref().and_then(|head| head.scanned);
     options.full_scan = is_scan_due(scanned_before, request.full_scan_after);
     let now = Timestamp::now();
@@ -525,17 +534,23 @@ async fn prepare(
         None => (None, None),
     };
     let versions = Versions::after(pair, version, &source).await?;
-    let moves = source.disks.iter().map(|disk| Move {
-        target: disk.target.clone(),
-        source: disk.images[0].path.clone(),
-        read_from: None,
-        destination: naming::join(&replica.head(), &point::file_of(&disk.target)),
-        write_to: None,
-        is_of_guest: true,
-        own_reference: false,
+    let mut ends = chain::ends(&points);
+    if !ends.is_empty() {
+        // The agents know ahead of a commit what it overwrites only of what waits beside a disk.
+        options.apply = ApplyChoice::Staged;
+    }
+    let moves = source.disks.iter().map(|disk| {
+        let (target, image) = (&disk.target, disk.images[0].path.clone());
+        let head = naming::join(&replica.head(), &point::file_of(target));
+        Move {
+            preserve: ends.remove(target),
+            ..Move::of_guest(target, image, head)
+        }
     });
     Ok(Fit {
         moves: moves.collect(),
+        points,
+        format,
         source,
         reading,
         versions,
@@ -606,6 +621,13 @@ pub(super) async fn small_files(source: &Survey) -> Result<Vec<(String, Vec<u8>)
 }
 
 impl Replica {
+    pub(super) fn new(on: &Hypervisor, directory: &str) -> Self {
+        Self {
+            on: on.clone(),
+            directory: directory.to_owned(),
+        }
+    }
+
     /// Adds an obstacle when the replica is live: it would be overwritten. `runs`: so does its source.
     async fn check_role(
         &self,
@@ -654,13 +676,58 @@ impl Replica {
     }
 
     /// The same once what an earlier run has left half done is ended.
-    async fn settle(&self) -> Result<Option<Head>> {
+    async fn settle(&self) -> Result<(Option<Head>, Vec<Point>)> {
         self.points().sweep().await?;
         let head = self.read().await?;
-        if head.as_ref().is_some_and(|head| head.unfinished) {
+        let listed = self.points().list().await?;
+        chain::check(&listed)?;
+        let points = listed.points;
+        let has_ends = !chain::ends(&points).is_empty();
+        match &head {
+            Some(head) if head.unfinished => {
+                recover(self.on.host(), Recovery::Finish).await?;
+                chain::link(self.on.host(), &points, None).await?;
+            }
+            Some(head) if !has_ends || self.is_as_left(head).await? => {}
+            None if !has_ends => {}
+            _ => {
+                let (head, host) = (self.head(), self.on.host());
+                let message = format!(
+                    "{head} on {host} is not what the last run left there, and the points of the \
+                     replica, which stand on it, may show anything"
+                );
+                let hint = format!("move {} away: the next run makes a new one", self.directory);
+                return Err(Error::new(ErrorCode::Refused, message).hint(hint));
+            }
+        }
+        Ok((head, points))
+    }
+
+    /// Keeps runs away as long as a point is read that stands on others, and [makes it
+    /// readable](Self::make_readable); `None` for one that stands on nothing.
+    ///
+    /// # Errors
+    /// Busy, when a run is at the replica; as there.
+    pub(super) async fn hold(&self, point: &Point) -> Result<Option<Guard>> {
+        if !chain::stands(point) {
+            return Ok(None);
+        }
+        let lock = lock(self.on.host(), &self.directory).await?;
+        self.make_readable(point).await?;
+        Ok(Some(lock))
+    }
+
+    /// Sees to it that a point can be read: a sync onto the head that was committed, and broke off
+    /// then, is finished first.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, or that cannot be finished.
+    pub(super) async fn make_readable(&self, point: &Point) -> Result<()> {
+        let head = self.read().await?;
+        if chain::stands(point) && head.is_some_and(|head| head.unfinished) {
             recover(self.on.host(), Recovery::Finish).await?;
         }
-        Ok(head)
+        Ok(())
     }
 
     /// Whether nobody has written to the head since the last run.
@@ -677,14 +744,15 @@ impl Replica {
         Ok(true)
     }
 
-    /// What the head takes, or a first copy, must leave this much free.
+    /// What the head takes, or a first copy, must leave this much free. Gives back what points are
+    /// there.
     async fn check_room(
         &self,
         source: &Survey,
         is_first: bool,
         min_free: u64,
         obstacles: &mut Obstacles,
-    ) -> Result<()> {
+    ) -> Result<PointFormat> {
         let images = source.disks.iter().flat_map(|disk| &disk.images);
         let data = images.map(|image| image.facts.allocated_bytes).sum::<u64>();
         let needed = min_free.saturating_add(if is_first { data } else { 0 });
@@ -703,8 +771,11 @@ impl Replica {
             .collect();
         let names = host.names_in(&self.head()).await?.unwrap_or_default();
         let all = names.iter().map(|name| naming::join(&self.head(), name));
+        let ends = chain::ends(&fit.points);
+        let needed: Vec<String> = ends.keys().map(|target| point::file_of(target)).collect();
+        let is_needed = |path: &str| needed.iter().any(|file| *file == naming::split(path).1);
         let others: Vec<String> = all
-            .filter(|path| path.ends_with(".raw") && !ours.contains(path))
+            .filter(|path| path.ends_with(".raw") && !ours.contains(path) && !is_needed(path))
             .collect();
         host.remove(&others).await?;
         let mut files = BTreeMap::new();

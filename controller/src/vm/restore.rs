@@ -5,18 +5,20 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use serde::Serialize;
+use uuid::Uuid;
 
 use super::failover::{choose, definition_of};
+use super::live::export_directory;
 use super::naming;
 use super::obstacle::{Obstacles, to_error};
 use super::outcome::Outcome;
-use super::point::{Point, moved};
-use super::replica;
+use super::point::{Point, PointDisk, PointFormat, file_of, moved};
+use super::replica::{self, Replica};
 use super::result::Totals;
 use super::transfers::{Move, Moves};
-use crate::endpoint::HostSpec;
+use crate::endpoint::{DiskLocation, HostSpec, NbdUri};
 use crate::error::Result;
-use crate::host::Host;
+use crate::host::{Export, Guard, Host, export_socket};
 use crate::libvirt::Hypervisor;
 use crate::transfer::{Context, MethodChoice, Operation, Options};
 
@@ -93,7 +95,7 @@ async fn bring(
     if stays {
         replica::pin(from.host(), &request.directory, &point.name, true).await?;
     }
-    let brought = Box::pin(files(context, request, &from, &to, &point, result)).await;
+    let brought = Box::pin(hold_and_copy(context, request, &from, &to, &point, result)).await;
     if stays {
         let let_go = replica::pin(from.host(), &request.directory, &point.name, false).await;
         let warning = let_go.err().map(|why| {
@@ -114,11 +116,19 @@ async fn check(
 ) -> Result<()> {
     let names = to.names_in(directory).await?.unwrap_or_default();
     let mut obstacles = Obstacles::default();
-    let disks = point.manifest.disks.iter().map(|disk| disk.file.as_str());
-    for file in disks.chain(["domain.xml", "nvram", "tpm"]) {
-        if names.iter().any(|name| name == file) {
+    let disks = point
+        .manifest
+        .disks
+        .iter()
+        .map(|disk| file_of(&disk.target));
+    let others = ["domain.xml", "nvram", "tpm"].map(str::to_owned);
+    for file in disks.chain(others) {
+        if names.contains(&file) {
             obstacles.refused(
-                format!("{} on {to} is there already", naming::join(directory, file)),
+                format!(
+                    "{} on {to} is there already",
+                    naming::join(directory, &file)
+                ),
                 "choose another directory",
             );
         }
@@ -133,7 +143,9 @@ async fn check(
     }
 }
 
-async fn files(
+/// Copies its files. A point that stands on others is read through servers, and no run changes what it
+/// stands on meanwhile.
+async fn hold_and_copy(
     context: &Context,
     request: &RestoreRequest,
     from: &Hypervisor,
@@ -141,15 +153,74 @@ async fn files(
     point: &Point,
     result: &mut RestoreResult,
 ) -> Result<()> {
+    let lock = Replica::new(from, &request.directory).hold(point).await?;
+    let shown = Shown::open(from.host(), point).await?;
+    let copied = Box::pin(files(context, request, from, to, (point, &shown), result)).await;
+    let ended = match shown.servers {
+        Some(servers) => servers.end().await,
+        None => Ok(()),
+    };
+    copied.and(ended)?;
+    match lock {
+        Some(lock) => lock.end().await,
+        None => Ok(()),
+    }
+}
+
+/// What is exported of a point.
+struct Shown {
+    directory: String,
+    /// `None` for a point whose files are what a guest sees.
+    servers: Option<Guard>,
+}
+
+impl Shown {
+    async fn open(on: &Host, point: &Point) -> Result<Self> {
+        let directory = export_directory(&Uuid::new_v4().to_string());
+        let disks = point.manifest.disks.iter();
+        let deltas = disks.filter(|disk| disk.format == PointFormat::Delta);
+        let images: Vec<Export> = deltas
+            .map(|disk| Export {
+                name: disk.target.clone(),
+                path: point.file(disk),
+                format: disk.format.of_qemu().to_owned(),
+                is_device: false,
+                is_writable: false,
+            })
+            .collect();
+        let servers = match images.is_empty() {
+            true => None,
+            false => Some(on.export(&directory, &images, &["true"]).await?),
+        };
+        Ok(Self { directory, servers })
+    }
+
+    /// Where a disk is to be read in place of its file.
+    fn location(&self, disk: &PointDisk) -> Option<DiskLocation> {
+        let socket = export_socket(&self.directory, &disk.target);
+        let uri = NbdUri::of_socket(&socket, &disk.target);
+        (disk.format == PointFormat::Delta).then_some(DiskLocation::Nbd(uri))
+    }
+}
+
+async fn files(
+    context: &Context,
+    request: &RestoreRequest,
+    from: &Hypervisor,
+    to: &Host,
+    (point, shown): (&Point, &Shown),
+    result: &mut RestoreResult,
+) -> Result<()> {
     let directory = &request.to_directory;
-    let disks = point.manifest.disks.iter().map(|disk| Move {
-        target: disk.target.clone(),
-        source: naming::join(&point.path, &disk.file),
-        read_from: None,
-        destination: naming::join(directory, &disk.file),
-        write_to: None,
-        is_of_guest: true,
-        own_reference: false,
+    let disks = point.manifest.disks.iter().map(|disk| {
+        let (source, destination) = (
+            point.file(disk),
+            naming::join(directory, &file_of(&disk.target)),
+        );
+        Move {
+            read_from: shown.location(disk),
+            ..Move::of_guest(&disk.target, source, destination)
+        }
     });
     let disks: Vec<Move> = disks.collect();
     let moves = Moves {

@@ -1,6 +1,7 @@
 //! Several transfers side by side: the disks of a VM.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -30,6 +31,24 @@ pub(super) struct Move {
     pub(super) is_of_guest: bool,
     /// The two hold different references to the image below them, each its own.
     pub(super) own_reference: bool,
+    /// The image, which stands on the destination, that keeps what the destination loses.
+    pub(super) preserve: Option<String>,
+}
+
+impl Move {
+    /// The image that the guest writes to, read and written as it is.
+    pub(super) fn of_guest(target: &str, source: String, destination: String) -> Self {
+        Self {
+            target: target.to_owned(),
+            source,
+            read_from: None,
+            destination,
+            write_to: None,
+            is_of_guest: true,
+            own_reference: false,
+            preserve: None,
+        }
+    }
 }
 
 /// What the transfers of a VM have in common.
@@ -137,6 +156,7 @@ impl Moves {
             source,
             destination,
             dry_run: self.dry_run,
+            preserve: each.preserve.as_ref().map(PathBuf::from),
             options,
         }
     }

@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Commit, Control, DiskKind, Location, Open, Opened, Prepare,
+    Access, ApplyChoice, Commit, Control, DiskKind, Location, Open, Opened, Prepare, Preserve,
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 
@@ -103,6 +103,7 @@ async fn transfer(
         if let Some(before) = before {
             before.await?;
         }
+        preserve(pair, jobs).await?;
         commit(pair, jobs).await?;
     }
     if request.operation == Operation::Verify {
@@ -267,6 +268,25 @@ async fn prepare(
             return Err(sessions::differ(job.request)).at(at);
         }
         job.result.verified = verify.name();
+    }
+    Ok(())
+}
+
+/// Has what they are about to lose kept, where that is wanted.
+async fn preserve(pair: &mut Pair, jobs: &[Job<'_>]) -> Result<(), Stopped> {
+    for (at, job) in jobs.iter().enumerate() {
+        let Some(path) = &job.request.preserve else {
+            continue;
+        };
+        let preserve = Preserve {
+            disk: number(at),
+            path: path.as_os_str().as_bytes().to_vec(),
+        };
+        let disk = Some(preserve.disk);
+        match pair.ask(Side::Destination, disk, &preserve).await.at(at)? {
+            Control::Preserved(preserved) if preserved.disk == preserve.disk => {}
+            answer => return Err(unexpected("preserve", &answer)).at(at),
+        }
     }
     Ok(())
 }

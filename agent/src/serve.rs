@@ -17,7 +17,7 @@ use bytes::Bytes;
 use kvm_clone_protocol::frame::Frame;
 use kvm_clone_protocol::message::{
     Alive, Commit, Committed, Control, Dial, Dialed, FailureCode, Hello, Leftover, Listen,
-    Listening, Message, Open, Prepare, Preserve, Recover, Recovered, Start, Welcome,
+    Listening, Message, Open, Prepare, Preserve, Recover, Recovered, Start, Summarize, Welcome,
 };
 use kvm_clone_protocol::preamble::{Preamble, SUPPORTED, Versions};
 use kvm_clone_protocol::sync::MAX_STREAMS;
@@ -267,6 +267,7 @@ impl Server {
             Control::Start(start) => (Some(start.disk), self.start(start, request)),
             Control::Prepare(prepare) => (Some(prepare.disk), self.prepare(prepare, request)),
             Control::Preserve(preserve) => (Some(preserve.disk), self.preserve(preserve, request)),
+            Control::Summarize(wanted) => (Some(wanted.disk), self.summarize(wanted, request)),
             Control::Commit(commit) => (None, self.commit(commit, request)),
             Control::Recover(recover) => (None, self.recover(&recover, request)),
             other => {
@@ -399,27 +400,35 @@ impl Server {
     }
 
     fn prepare(&mut self, prepare: Prepare, request: Request) -> Result<(), Failure> {
-        let shelf = self.shelf(prepare.disk, "prepare")?;
-        let (number, answers) = (prepare.disk, self.answers.clone());
-        tokio::spawn(async move {
-            let mut slot = shelf.lock_owned().await;
-            let prepared = blocking(move || on(&mut slot, "prepare")?.prepare(&prepare)).await;
-            answers.answer(Some(number), prepared);
-            drop(request);
-        });
-        Ok(())
+        let of = (prepare.disk, "prepare");
+        self.ask(of, request, move |slot| slot.prepare(&prepare))
     }
 
     fn preserve(&mut self, preserve: Preserve, request: Request) -> Result<(), Failure> {
-        let shelf = self.shelf(preserve.disk, "preserve")?;
-        let (number, answers) = (preserve.disk, self.answers.clone());
+        let of = (preserve.disk, "preserve");
+        self.ask(of, request, move |slot| slot.preserve(&preserve))
+    }
+
+    fn summarize(&mut self, wanted: Summarize, request: Request) -> Result<(), Failure> {
+        let of = (wanted.disk, "summarize");
+        self.ask(of, request, move |slot| slot.summarize(&wanted))
+    }
+
+    /// Has a disk do something that blocks, and answers with what came of it.
+    fn ask<M: Message>(
+        &mut self,
+        (disk, doing): (u32, &'static str),
+        request: Request,
+        work: impl FnOnce(&mut Slot) -> Result<M, Failure> + Send + 'static,
+    ) -> Result<(), Failure>
+    where
+        M: Send + 'static,
+    {
+        let (shelf, answers) = (self.shelf(disk, doing)?, self.answers.clone());
         tokio::spawn(async move {
-            let slot = shelf.lock_owned().await;
-            let preserved = blocking(move || match slot.as_ref() {
-                Some(slot) => slot.preserve(&preserve),
-                None => Err(protocol(format!("preserve: disk {number} is not open"))),
-            });
-            answers.answer(Some(number), preserved.await);
+            let mut slot = shelf.lock_owned().await;
+            let done = blocking(move || work(on(&mut slot, doing)?)).await;
+            answers.answer(Some(disk), done);
             drop(request);
         });
         Ok(())

@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use kvm_clone_protocol::digest::Digester;
 use kvm_clone_protocol::message::{
     Access, Compression, FailureCode, Keeps, Location, Open, Opened, Prepare, Prepared, Preserve,
-    Preserved, Role, SessionParams, Start, Started,
+    Preserved, Role, SessionParams, Start, Started, Summarize, Summary,
 };
 use kvm_clone_protocol::sync::{DATA_AHEAD, Machine, Receiver, Sender};
 use kvm_clone_protocol::units::Geometry;
@@ -376,6 +376,29 @@ impl Slot {
         disk::permit(&Location::Path(preserve.path.clone()), Access::Destination)?;
         destination.preserve(Path::new(OsStr::from_bytes(&preserve.path)))?;
         Ok(Preserved { disk })
+    }
+
+    /// The root of a disk that is not to be changed, as its storage has it.
+    ///
+    /// # Errors
+    /// [`Failure`] of protocol; or when something cannot be read.
+    pub(crate) fn summarize(&self, wanted: &Summarize) -> Result<Summary, Failure> {
+        let disk = wanted.disk;
+        let senseless = || {
+            let message =
+                format!("summarize: disk {disk} is to be changed, or no disk is so large");
+            Failure::new(FailureCode::Protocol, message)
+        };
+        let geometry = Geometry::new(wanted.size).ok_or_else(senseless)?;
+        let digester = Digester::new(wanted.hash, wanted.seed);
+        let root = match &self.target {
+            Target::Readable(image) => image.root(geometry, &digester)?,
+            Target::Exported(exported) if self.access != Access::Destination => {
+                exported.root(geometry, &digester)?
+            }
+            Target::Destination(_) | Target::Exported(_) => return Err(senseless()),
+        };
+        Ok(Summary { disk, root })
     }
 
     /// Whether all that has arrived is durable, and can count.

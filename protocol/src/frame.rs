@@ -56,6 +56,8 @@ pub enum FrameKind {
     Recovered = 0x17,
     Preserve = 0x18,
     Preserved = 0x19,
+    Summarize = 0x1a,
+    Summary = 0x1b,
 
     Digests = 0x40,
     Holes = 0x41,
@@ -71,7 +73,7 @@ pub enum FrameKind {
 
 impl FrameKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 37] = [
         Self::Hello,
         Self::Welcome,
         Self::Open,
@@ -97,6 +99,8 @@ impl FrameKind {
         Self::Recovered,
         Self::Preserve,
         Self::Preserved,
+        Self::Summarize,
+        Self::Summary,
         Self::Digests,
         Self::Holes,
         Self::Data,

@@ -123,7 +123,7 @@ messages! {
     Control {
         Hello, Welcome, Open, Opened, Listen, Listening, Dial, Dialed, Start, Started, Progress,
         Ended, Prepare, Prepared, Commit, Committed, Abort, Failed, Alive, Warning, Recover,
-        Leftover, Recovered, Preserve, Preserved,
+        Leftover, Recovered, Preserve, Preserved, Summarize, Summary,
     }
 }
 
@@ -538,6 +538,28 @@ pub struct Preserve {
 pub struct Preserved {
     /// The disk's number.
     pub disk: u32,
+}
+
+/// Controller to agent: read all of an open disk that is not to be changed, past the page cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summarize {
+    /// The disk's number.
+    pub disk: u32,
+    /// How many bytes of it; what it has not reads as zeros.
+    pub size: u64,
+    /// How blocks are digested.
+    pub hash: HashKind,
+    /// Under which seed.
+    pub seed: Seed,
+}
+
+/// Agent to controller: the answer to [`Summarize`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summary {
+    /// The disk's number.
+    pub disk: u32,
+    /// The root, as of a session over the same contents.
+    pub root: Digest,
 }
 
 /// Controller to the receiver's agent: all disks are prepared; let them take their names.

@@ -105,6 +105,8 @@ fn pin(kind: FrameKind) -> Pin {
         FrameKind::Recovered => recovered(),
         FrameKind::Preserve => preserve(),
         FrameKind::Preserved => preserved(),
+        FrameKind::Summarize => summarize(),
+        FrameKind::Summary => summary(),
         FrameKind::Beat => beat(),
         FrameKind::Place => place(),
     }
@@ -417,6 +419,37 @@ fn preserved() -> Pin {
         Preserved { disk: 3 },
         "01000000 19 00 0100  # 1 byte, Preserved
          03  # disk"
+    )
+}
+
+fn summarize() -> Pin {
+    pin!(
+        Control,
+        Summarize {
+            disk: 3,
+            size: 65_537,
+            hash: HashKind::Blake3,
+            seed: Seed([0xee; 32]),
+        },
+        "25000000 1a 00 2500  # 37 bytes, Summarize
+         03      # disk
+         818004  # size: 65537
+         01      # hash: blake3
+         eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee
+         eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee"
+    )
+}
+
+fn summary() -> Pin {
+    pin!(
+        Control,
+        Summary {
+            disk: 3,
+            root: Digest([0xd1; 16]),
+        },
+        "11000000 1b 00 1100  # 17 bytes, Summary
+         03  # disk
+         d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1"
     )
 }
 

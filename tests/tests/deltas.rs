@@ -204,6 +204,9 @@ fn an_older_point_is_restored_rehearsed_and_started_and_the_others_are_what_they
     }
     let (shop, points) = (&told.shop, told.shop.points("web"));
     let (a, b) = (&shop.site.a, &shop.site.b);
+    let verified = shop.run(&["verify", "shop", "--all"]).expect_json();
+    let read = verified["vms"][0]["points"].as_array().map(Vec::len);
+    assert_eq!(read, Some(3), "{verified}");
     let second = name(&points[1]);
     let to = "hvA:/var/lib/libvirt/images/back";
     let restore = ["restore", "shop", "web", to, "--point", second];
@@ -291,6 +294,12 @@ fn a_head_that_others_have_written_and_a_point_that_cannot_be_read_stop_runs_and
     set_mark(&head, "others");
     let refused = told.shop.run(&["run", "shop"]);
     refused.expect_failure(5, &["refused"], "not what the last run left");
+    let differ = told.shop.run(&["verify", "shop", "--all"]);
+    differ.expect_code(7);
+    let points = differ.json()["vms"][0]["points"].clone();
+    for point in points.as_array().unwrap() {
+        assert_eq!(point["differ"], serde_json::json!(["vda"]), "{differ}");
+    }
     let words = ["mv", &format!("{PLACE}/web"), &format!("{PLACE}/.spoilt")];
     told.shop.site.b.run(&words);
     told.shown.clear();

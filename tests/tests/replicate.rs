@@ -440,7 +440,11 @@ fn wrote(console: &str) -> Option<u64> {
 fn a_failback_brings_what_was_written_home_and_keeps_what_was_there() {
     let _alone = alone();
     let policy = format!("vms = [\"busy\"]\n{EVERY_MINUTE}");
-    let Some(shop) = Replication::that_writes(Kind::Xfs, &policy) else {
+    let kind = match std::env::var_os("KVM_CLONE_REPLICAS_ON") {
+        Some(kind) if kind == "ext4" => Kind::Ext4,
+        _ => Kind::Xfs,
+    };
+    let Some(shop) = Replication::that_writes(kind, &policy) else {
         return;
     };
     let (a, b) = (&shop.site.a, &shop.site.b);
@@ -450,15 +454,14 @@ fn a_failback_brings_what_was_written_home_and_keeps_what_was_there() {
     follows.expect_failure(5, &["refused"], "is not live");
     // A rehearsal beside its source that runs: nobody is told of the copy, and nothing is left of it.
     let point = shop.points("busy").remove(0);
-    let disks = ["vda.raw", "vdb.raw", "vdc.raw"].map(|disk| shop.file(&point, disk));
-    let digests = |disks: &[PathBuf]| disks.iter().map(|disk| digest(disk)).collect::<Vec<_>>();
-    let before = digests(&disks);
+    let digests = || ["vda", "vdb", "vdc"].map(|disk| shop.digest(&point, disk));
+    let before = digests();
     let test = shop.run(&["test", "shop"]);
     let tested = test.expect_json()["vms"][0].clone();
     assert_eq!(tested["sign"], "agent", "{test}");
     assert!(tested["rto_seconds"].as_f64() > Some(1.0), "{test}");
     assert!(tested["rpo_seconds"].as_f64() > Some(1.0), "{test}");
-    assert_eq!(digests(&disks), before);
+    assert_eq!(digests(), before);
     assert_eq!(b.virsh(&["list", "--all", "--name"]), "");
     let names = b.run(&["ls", &format!("{PLACE}/busy")]);
     assert!(
@@ -631,6 +634,14 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     assert_eq!(tested["sign"], "running", "{test}");
     assert_eq!(tested["point"], first, "{test}");
     assert_eq!(b.run(&["sh", "-c", "ls /var/lib/libvirt/qemu/nvram"]), "");
+    // A point is what it was made, until somebody writes there.
+    let verify = |options: &[&str]| shop.run(&[&["verify", "shop"], options].concat());
+    verify(&["--all"]).expect_code(0);
+    let newest = shop.file(&points[1], "vdb.raw");
+    overwrite(&newest, &[Piece::Hole(1 << 20), Piece::Byte(7)]);
+    let differs = verify(&[]);
+    differs.expect_failure(7, &["mismatch"], "(disk vdb)");
+    verify(&["--point", first]).expect_code(0);
     // A point goes anywhere, and starts there.
     let restore = [
         "restore",

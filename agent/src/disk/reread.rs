@@ -1,15 +1,20 @@
-//! `--verify reread`: what a destination holds, or will hold, read once more from the storage
-//! itself, past the page cache, and made into a root again.
+//! Disks read from the storage itself, past the page cache, and made into a root: what a destination
+//! holds, or will hold, once more (`--verify reread`), or what is there by itself.
+
+use std::sync::Arc;
 
 use kvm_clone_protocol::digest::{Digest, Digester, RangeHasher, disk_root};
 use kvm_clone_protocol::sync::RunKind;
 use kvm_clone_protocol::units::{BLOCK_LEN, BLOCK_SIZE, BlockRun, Geometry};
 
 use super::Disk;
+use super::blocks::Blocks as _;
 use super::direct::Aligned;
+use super::exported::Exported;
 use super::image::Image;
 use super::journal::Entry;
 use super::overlay::Overlay;
+use super::read::Missing;
 use super::throttle::admit;
 use crate::failure::Failure;
 
@@ -73,6 +78,49 @@ impl Disk {
                     }
                     at = window.end();
                 }
+            }
+        }
+        Ok(disk_root(digester, geometry, &[hasher.finish()]))
+    }
+}
+
+impl Image {
+    /// The root of its contents, as the storage has them.
+    ///
+    /// # Errors
+    /// [`Failure`] when something cannot be read.
+    pub(crate) fn root(
+        self: &Arc<Self>,
+        geometry: Geometry,
+        digester: &Digester,
+    ) -> Result<Digest, Failure> {
+        Disk::of(Arc::clone(self)).reread(self, geometry, digester)
+    }
+}
+
+impl Exported {
+    /// The root of what the server shows.
+    ///
+    /// # Errors
+    /// [`Failure`] when something cannot be read.
+    pub(crate) fn root(&self, geometry: Geometry, digester: &Digester) -> Result<Digest, Failure> {
+        let mut hasher = RangeHasher::new(digester, 0);
+        let mut block = vec![0; BLOCK_LEN];
+        let mut at = 0;
+        while at < geometry.block_count() {
+            for run in self.map(at, geometry)?.runs {
+                let end = at + run.count;
+                if run.kind == RunKind::Hole {
+                    hasher.zeros(run.count);
+                    at = end;
+                }
+                for index in at..end {
+                    admit(1);
+                    let block = &mut block[..geometry.block_len(index)];
+                    self.read_block(block, index * BLOCK_SIZE, Missing::Zeros)?;
+                    hasher.content(&digester.content(block));
+                }
+                at = end;
             }
         }
         Ok(disk_root(digester, geometry, &[hasher.finish()]))

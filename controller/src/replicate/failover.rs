@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::policy::Policy;
 use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
@@ -10,10 +12,12 @@ use crate::history::{Begun, Recording};
 use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
+use crate::vm::audit::{AuditRequest, AuditResult, Audited, audit};
 use crate::vm::failback::{self, FailbackRequest, FailbackResult};
 use crate::vm::failover::{self, Committed, FailoverRequest, FailoverResult, Planned, Role, Stop};
 use crate::vm::network::NetworkConfig;
 use crate::vm::order::Order;
+use crate::vm::outcome::Outcome;
 use crate::vm::rehearsal::{RehearsalRequest, RehearsalResult, rehearse};
 use crate::vm::replica;
 
@@ -136,20 +140,11 @@ impl Replicas {
                 last: policy.request(vm),
                 stop,
             });
-            let recording = Recording::begin(&Begun {
-                operation: "failover",
-                vm: Some(vm),
-                source: policy
-                    .map(|policy| policy.source.to_string())
-                    .unwrap_or_default(),
-                destination: self.destination.to_string(),
-            });
+            let source = policy.map(|policy| &policy.source);
+            let begun = begun("failover", vm, source, &self.destination);
             let planned = planned.as_ref();
-            let mut result = failover::failover(context, connect, vm, &request, planned).await;
-            if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
-                result.outcome.warnings.push(error.one_line());
-            }
-            results.push(result);
+            let started = failover::failover(context, connect, vm, &request, planned);
+            results.push(recorded(&begun, started).await);
         }
         results
     }
@@ -171,17 +166,9 @@ impl Replicas {
                 stop,
                 discards,
             };
-            let recording = Recording::begin(&Begun {
-                operation: "failback",
-                vm: Some(vm),
-                source: policy.destination.to_string(),
-                destination: policy.source.to_string(),
-            });
-            let mut result = Box::pin(failback::failback(context, connect, &request)).await;
-            if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
-                result.outcome.warnings.push(error.one_line());
-            }
-            results.push(result);
+            let begun = begun("failback", vm, Some(&policy.destination), &policy.source);
+            let back = Box::pin(failback::failback(context, connect, &request));
+            results.push(recorded(&begun, back).await);
         }
         results
     }
@@ -205,17 +192,41 @@ impl Replicas {
                 isolated: policy.test_network.clone(),
                 limit,
             };
-            let recording = Recording::begin(&Begun {
-                operation: "replicate-test",
-                vm: Some(vm),
-                source: policy.source.to_string(),
-                destination: self.destination.to_string(),
-            });
-            let mut result = Box::pin(rehearse(context, connect, vm, &request)).await;
-            if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
-                result.outcome.warnings.push(error.one_line());
-            }
-            results.push(result);
+            let begun = begun(
+                "replicate-test",
+                vm,
+                Some(&policy.source),
+                &self.destination,
+            );
+            let tested = Box::pin(rehearse(context, connect, vm, &request));
+            results.push(recorded(&begun, tested).await);
+        }
+        results
+    }
+
+    /// Reads points of each VM, one after the other. A failure is part of each result.
+    pub async fn audit(
+        &self,
+        context: &Context,
+        connect: &str,
+        policy: &Policy,
+        points: &Audited,
+    ) -> Vec<AuditResult> {
+        let mut results = Vec::new();
+        for (vm, directory) in &self.all {
+            let request = AuditRequest {
+                destination: self.destination.clone(),
+                directory: directory.clone(),
+                points: points.clone(),
+            };
+            let begun = begun(
+                "replicate-verify",
+                vm,
+                Some(&policy.source),
+                &self.destination,
+            );
+            let audited = audit(context, connect, vm, &request);
+            results.push(recorded(&begun, audited).await);
         }
         results
     }
@@ -245,6 +256,33 @@ impl Replicas {
         }
         Ok(ended)
     }
+}
+
+fn begun<'a>(
+    operation: &'a str,
+    vm: &'a str,
+    source: Option<&HostSpec>,
+    destination: &HostSpec,
+) -> Begun<'a> {
+    Begun {
+        operation,
+        vm: Some(vm),
+        source: source.map(HostSpec::to_string).unwrap_or_default(),
+        destination: destination.to_string(),
+    }
+}
+
+/// Does something with a VM, and records it. That it could not be recorded is a warning.
+async fn recorded<R>(begun: &Begun<'_>, work: impl Future<Output = R>) -> R
+where
+    R: Serialize + AsMut<Outcome>,
+{
+    let recording = Recording::begin(begun);
+    let mut result = work.await;
+    if let Err(error) = recording.and_then(|recording| recording.end(&result)) {
+        result.as_mut().warnings.push(error.one_line());
+    }
+    result
 }
 
 /// Waits, unless the user wants to stop.

@@ -15,12 +15,14 @@ mod request;
 mod result;
 mod rsync;
 mod scp;
+pub mod summary;
 
 use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use kvm_clone_protocol::message::Control;
 use tokio_util::sync::CancellationToken;
 
 use crate::endpoint::HostSpec;
@@ -106,6 +108,14 @@ impl<T> At<T> for Result<T> {
     fn at(self, at: usize) -> Result<T, Stopped> {
         self.map_err(|error| Stopped { at, error })
     }
+}
+
+/// An answer that is none to what was asked.
+fn unexpected(asked: &str, answer: &Control) -> Error {
+    Error::new(
+        ErrorCode::Protocol,
+        format!("an agent answers {asked} with {:?}", answer.kind()),
+    )
 }
 
 /// What is done at the last moment before anything changes under the name of a disk; its failure

@@ -4,7 +4,8 @@ use std::os::unix::ffi::OsStringExt as _;
 
 use kvm_clone_protocol::message::{Control, Fate, Leftover, Recover, Recovery};
 
-use crate::error::{Error, ErrorCode, Result};
+use super::unexpected;
+use crate::error::Result;
 use crate::host::{AgentConnection, Host};
 
 /// The most disks that one host can have left: what an agent says is bounded.
@@ -42,10 +43,7 @@ async fn ask(agent: &mut AgentConnection, recovery: Recovery) -> Result<Vec<Left
             }
             Control::Recovered(_) => return Ok(left),
             Control::Failed(failed) => return Err(failed.into()),
-            answer => {
-                let message = format!("an agent answers recover with {:?}", answer.kind());
-                return Err(Error::new(ErrorCode::Protocol, message));
-            }
+            answer => return Err(unexpected("recover", &answer)),
         }
     }
 }

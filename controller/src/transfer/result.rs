@@ -5,6 +5,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::request::{MethodChoice, Request};
+use super::summary::Summary;
 use crate::error::Error;
 
 /// How frames travelled between the agents.
@@ -119,6 +120,9 @@ pub struct TransferResult {
     pub first_difference: Option<u64>,
     /// Version of the protocol between the agents.
     pub protocol_version: Option<u16>,
+    /// The contents, where both ends agreed on them.
+    #[serde(skip)]
+    pub summary: Option<Summary>,
 }
 
 impl TransferResult {
@@ -163,6 +167,7 @@ impl TransferResult {
             dry_run: request.dry_run,
             first_difference: None,
             protocol_version: None,
+            summary: None,
         }
     }
 

@@ -13,6 +13,7 @@
 //!                  └ raw disks count, and with them the overlays
 //! ```
 
+pub mod audit;
 mod chain;
 mod checkpoint;
 mod checks;
@@ -42,6 +43,7 @@ pub mod replica;
 pub mod restore;
 pub mod result;
 pub mod seed;
+mod shown;
 mod space;
 mod state;
 mod survey;

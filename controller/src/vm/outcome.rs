@@ -4,7 +4,11 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::audit::AuditResult;
+use super::failback::FailbackResult;
+use super::failover::FailoverResult;
 use super::obstacle::Obstacle;
+use super::rehearsal::RehearsalResult;
 use crate::error::{Error, Result};
 
 /// How an operation on a VM has ended.
@@ -25,6 +29,19 @@ pub struct Outcome {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<Error>,
 }
+
+/// Results of which an outcome is a part.
+macro_rules! with_outcome {
+    ($($result:ty),* $(,)?) => {
+        $(impl AsMut<Outcome> for $result {
+            fn as_mut(&mut self) -> &mut Outcome {
+                &mut self.outcome
+            }
+        })*
+    };
+}
+
+with_outcome!(AuditResult, FailbackResult, FailoverResult, RehearsalResult);
 
 impl Outcome {
     /// That of an operation that has just begun.

@@ -21,6 +21,7 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::result::DiskResult;
 use super::survey::Survey;
 use super::{chain, naming, network};
 use crate::error::{Error, ErrorCode, Result};
@@ -28,6 +29,7 @@ use crate::host::{Host, quoted};
 use crate::libvirt::Hypervisor;
 use crate::libvirt::definition::{Definition, DiskSource, Edit};
 use crate::transfer::Consistency;
+use crate::transfer::summary::Summary;
 
 /// The version of the manifest's format.
 const FORMAT: u32 = 1;
@@ -109,6 +111,8 @@ pub struct PointDisk {
     pub format: PointFormat,
     /// What the guest sees, in bytes.
     pub size_bytes: u64,
+    /// Its contents in one figure.
+    pub summary: Summary,
 }
 
 /// What the file of a disk is.
@@ -184,10 +188,24 @@ pub(super) struct Making<'a> {
     pub(super) head: &'a str,
     /// What the files of its disks are.
     pub(super) format: PointFormat,
+    /// The transfers that brought them.
+    pub(super) brought: &'a [DiskResult],
     /// The contents of small files, by their names in the point.
     pub(super) small: &'a [(String, Vec<u8>)],
     /// What networks and bridges of the source are on the host of the point.
     pub(super) networks: &'a BTreeMap<String, String>,
+}
+
+impl Making<'_> {
+    fn summary_of(&self, target: &str) -> Result<Summary> {
+        let mut brought = self.brought.iter();
+        let disk = brought.find(|disk| disk.target == target);
+        let summary = disk.and_then(|disk| disk.transfer.summary.clone());
+        summary.ok_or_else(|| {
+            let message = format!("of disk {target} no agent has said what it is now");
+            Error::new(ErrorCode::Internal, message)
+        })
+    }
 }
 
 /// The points of one VM.
@@ -234,13 +252,16 @@ impl<'a> Points<'a> {
             .survey
             .disks
             .iter()
-            .map(|disk| PointDisk {
-                target: disk.target.clone(),
-                file: making.format.file_of(&name, &disk.target),
-                format: making.format,
-                size_bytes: disk.size_bytes(),
+            .map(|disk| {
+                Ok(PointDisk {
+                    target: disk.target.clone(),
+                    file: making.format.file_of(&name, &disk.target),
+                    format: making.format,
+                    size_bytes: disk.size_bytes(),
+                    summary: making.summary_of(&disk.target)?,
+                })
             })
-            .collect();
+            .collect::<Result<_>>()?;
         match making.format {
             PointFormat::Raw => self.share(making.head, &disks, &unfinished).await?,
             PointFormat::Delta => chain::make(self.on, &self.deltas(), &disks).await?,

@@ -437,6 +437,7 @@ async fn run(
             consistency: PointConsistency::of(result.consistency),
             head: &replica.head(),
             format: fit.format,
+            brought: &result.disks,
             small: &small,
             networks: &request.networks,
         })

@@ -5,20 +5,19 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use serde::Serialize;
-use uuid::Uuid;
 
 use super::failover::{choose, definition_of};
-use super::live::export_directory;
 use super::naming;
 use super::obstacle::{Obstacles, to_error};
 use super::outcome::Outcome;
-use super::point::{Point, PointDisk, PointFormat, file_of, moved};
-use super::replica::{self, Replica};
+use super::point::{Point, file_of, moved};
+use super::replica;
 use super::result::Totals;
+use super::shown::Shown;
 use super::transfers::{Move, Moves};
-use crate::endpoint::{DiskLocation, HostSpec, NbdUri};
+use crate::endpoint::HostSpec;
 use crate::error::Result;
-use crate::host::{Export, Guard, Host, export_socket};
+use crate::host::Host;
 use crate::libvirt::Hypervisor;
 use crate::transfer::{Context, MethodChoice, Operation, Options};
 
@@ -95,7 +94,7 @@ async fn bring(
     if stays {
         replica::pin(from.host(), &request.directory, &point.name, true).await?;
     }
-    let brought = Box::pin(hold_and_copy(context, request, &from, &to, &point, result)).await;
+    let brought = Box::pin(show_and_copy(context, request, &from, &to, &point, result)).await;
     if stays {
         let let_go = replica::pin(from.host(), &request.directory, &point.name, false).await;
         let warning = let_go.err().map(|why| {
@@ -143,9 +142,8 @@ async fn check(
     }
 }
 
-/// Copies its files. A point that stands on others is read through servers, and no run changes what it
-/// stands on meanwhile.
-async fn hold_and_copy(
+/// Copies the files of a point, which is shown meanwhile.
+async fn show_and_copy(
     context: &Context,
     request: &RestoreRequest,
     from: &Hypervisor,
@@ -153,54 +151,10 @@ async fn hold_and_copy(
     point: &Point,
     result: &mut RestoreResult,
 ) -> Result<()> {
-    let lock = Replica::new(from, &request.directory).hold(point).await?;
-    let shown = Shown::open(from.host(), point).await?;
+    let shown = Shown::open(from, &request.directory, point).await?;
     let copied = Box::pin(files(context, request, from, to, (point, &shown), result)).await;
-    let ended = match shown.servers {
-        Some(servers) => servers.end().await,
-        None => Ok(()),
-    };
-    copied.and(ended)?;
-    match lock {
-        Some(lock) => lock.end().await,
-        None => Ok(()),
-    }
-}
-
-/// What is exported of a point.
-struct Shown {
-    directory: String,
-    /// `None` for a point whose files are what a guest sees.
-    servers: Option<Guard>,
-}
-
-impl Shown {
-    async fn open(on: &Host, point: &Point) -> Result<Self> {
-        let directory = export_directory(&Uuid::new_v4().to_string());
-        let disks = point.manifest.disks.iter();
-        let deltas = disks.filter(|disk| disk.format == PointFormat::Delta);
-        let images: Vec<Export> = deltas
-            .map(|disk| Export {
-                name: disk.target.clone(),
-                path: point.file(disk),
-                format: disk.format.of_qemu().to_owned(),
-                is_device: false,
-                is_writable: false,
-            })
-            .collect();
-        let servers = match images.is_empty() {
-            true => None,
-            false => Some(on.export(&directory, &images, &["true"]).await?),
-        };
-        Ok(Self { directory, servers })
-    }
-
-    /// Where a disk is to be read in place of its file.
-    fn location(&self, disk: &PointDisk) -> Option<DiskLocation> {
-        let socket = export_socket(&self.directory, &disk.target);
-        let uri = NbdUri::of_socket(&socket, &disk.target);
-        (disk.format == PointFormat::Delta).then_some(DiskLocation::Nbd(uri))
-    }
+    let ended = shown.end().await;
+    copied.and(ended)
 }
 
 async fn files(
@@ -218,7 +172,7 @@ async fn files(
             naming::join(directory, &file_of(&disk.target)),
         );
         Move {
-            read_from: shown.location(disk),
+            read_from: shown.server_of(disk),
             ..Move::of_guest(&disk.target, source, destination)
         }
     });

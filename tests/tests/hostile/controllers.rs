@@ -97,6 +97,14 @@ fn answers() -> Vec<Story> {
             }),
         ),
         (
+            "a summary",
+            Protocol,
+            message(&Summary {
+                disk: 0,
+                root: Digest([0; 16]),
+            }),
+        ),
+        (
             "a preserved disk",
             Protocol,
             message(&Preserved { disk: 0 }),

@@ -1,5 +1,6 @@
 //! Hostile controllers: requests that make no sense are refused, and what there is goes on.
 
+use kvm_clone_protocol::digest::{HashKind, Seed};
 use kvm_clone_protocol::message::*;
 use kvm_clone_protocol::preamble::SUPPORTED;
 use kvm_clone_protocol::units::MAX_DISK_SIZE;
@@ -113,6 +114,26 @@ fn requests_that_make_no_sense_are_refused_one_by_one() {
             message(&Prepare {
                 disk: 0,
                 reread: true,
+            }),
+        ),
+        (
+            "a summary of no disk",
+            Protocol,
+            message(&Summarize {
+                disk: 7,
+                size: 1,
+                hash: HashKind::Xxh3,
+                seed: Seed([0; 32]),
+            }),
+        ),
+        (
+            "a summary of a destination",
+            Protocol,
+            message(&Summarize {
+                disk: 0,
+                size: 1,
+                hash: HashKind::Xxh3,
+                seed: Seed([0; 32]),
             }),
         ),
         (

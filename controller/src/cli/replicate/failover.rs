@@ -1,4 +1,4 @@
-//! `replicate test`, `restore`, `failover`, `failback`, `commit` and `undo`: VMs that run from their replicas.
+//! `replicate test`, `verify`, `restore`, `failover`, `failback`, `commit` and `undo`: VMs that run from their replicas.
 
 use std::ffi::{OsStr, OsString};
 
@@ -13,6 +13,7 @@ use crate::output;
 use crate::replicate::failover::{How, Replicas, SHUTDOWN_TIMEOUT};
 use crate::replicate::policy::Policy;
 use crate::transfer::Context;
+use crate::vm::audit::{AuditResult, Audited};
 use crate::vm::failback::FailbackResult;
 use crate::vm::failover::{Committed, FailoverResult, Role, Stop};
 use crate::vm::network::NetworkConfig;
@@ -102,6 +103,18 @@ pub(in crate::cli) struct Restore {
     point: Option<String>,
 }
 
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Verify {
+    #[command(flatten)]
+    of: Replicated,
+    /// The newest points that are not newer than this one [default: the newest]
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
+    /// All points
+    #[arg(long, conflicts_with = "point")]
+    all: bool,
+}
+
 /// How guests are shut down.
 #[derive(Debug, Args)]
 struct Stopping {
@@ -167,6 +180,11 @@ struct Tested {
 }
 
 #[derive(Debug, Serialize)]
+struct Verified {
+    vms: Vec<AuditResult>,
+}
+
+#[derive(Debug, Serialize)]
 struct Returned {
     vms: Vec<FailbackResult>,
 }
@@ -218,6 +236,38 @@ pub(super) async fn test(app: &App, args: &Test) -> Result<()> {
                 vm.sign.map_or("", Sign::name).to_owned(),
                 result_of(&vm.outcome, "well"),
             ]);
+        }
+        output::table_text(&table)
+    })
+}
+
+pub(super) async fn verify(app: &App, args: Verify) -> Result<()> {
+    let context = app.transfer_context();
+    let (policy, replicas) = args.of.find(app, &context).await?;
+    let points = match args.point {
+        _ if args.all => Audited::All,
+        Some(point) => Audited::NotAfter(point),
+        None => Audited::Newest,
+    };
+    let vms = replicas
+        .audit(&context, app.connect(), &policy, &points)
+        .await;
+    let failed = ended(app, vms.iter().map(|vm| &vm.outcome));
+    report(app, "replicate-verify", Verified { vms }, failed, |what| {
+        let mut table = output::table(&["VM", "point", "disks", "result"]);
+        for vm in &what.vms {
+            for point in &vm.points {
+                let differ = point.differ.join(", ");
+                table.add_row([
+                    output::printable(&vm.outcome.vm),
+                    point.point.clone(),
+                    output::iec(point.bytes_total),
+                    match differ.is_empty() {
+                        true => "as it was made".to_owned(),
+                        false => format!("{differ}: not what was made"),
+                    },
+                ]);
+            }
         }
         output::table_text(&table)
     })

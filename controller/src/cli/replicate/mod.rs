@@ -50,6 +50,8 @@ pub(super) enum Command {
     Remove(points::Remove),
     /// Bring a point of a VM to a directory of any host: its disks, its definition, its small files
     Restore(failover::Restore),
+    /// Read points, and say whether their disks are what they were when they were made
+    Verify(failover::Verify),
     /// Boot copies of points where nobody reaches them, and say how long a failover takes and what it loses
     Test(failover::Test),
     /// Start VMs from their points, where those are; nothing is replicated over them from then on
@@ -121,6 +123,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Accept(args) => points::accept(app, &args).await,
         Command::Remove(args) => points::remove(app, &args).await,
         Command::Restore(args) => failover::restore(app, &args).await,
+        Command::Verify(args) => failover::verify(app, args).await,
         Command::Test(args) => failover::test(app, &args).await,
         Command::Failover(args) => failover::fail_over(app, *args).await,
         Command::Failback(args) => failover::fail_back(app, &args).await,

@@ -22,10 +22,10 @@ use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 use super::copy::torn;
 use super::request::{LiveRead, Operation, Request, Verification};
 use super::result::TransferResult;
-use super::{At as _, BeforeChange, Context, Job, Method, Stopped, Working};
+use super::{At as _, BeforeChange, Context, Job, Method, Stopped, Working, unexpected};
 use crate::endpoint::DiskLocation;
 use crate::error::{Error, ErrorCode, Result};
-use pair::{Pair, Side, unexpected};
+use pair::{Pair, Side};
 use sessions::Sessions;
 
 /// As results name it.

@@ -291,11 +291,3 @@ pub(super) fn answers(said: &Control, disk: Option<u32>) -> bool {
         _ => true,
     }
 }
-
-/// An answer that is none to what was asked.
-pub(super) fn unexpected(asked: &str, answer: &Control) -> Error {
-    Error::new(
-        ErrorCode::Protocol,
-        format!("an agent answers {asked} with {:?}", answer.kind()),
-    )
-}

@@ -14,12 +14,13 @@ use kvm_clone_protocol::message::{Control, Dial, Listen, Listening, Token};
 use kvm_clone_protocol::preamble::Versions;
 use kvm_clone_protocol::sync::MAX_STREAMS;
 
-use super::pair::{Pair, Side, answers, unexpected};
+use super::pair::{Pair, Side, answers};
 use super::relay::Relay;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::Attach;
 use crate::transfer::request::RouteChoice;
 use crate::transfer::result::Route;
+use crate::transfer::unexpected;
 
 /// How long the making of a link may take: an agent gives up after 30 s.
 pub(super) const LINK_TIME: Duration = Duration::from_secs(40);

@@ -10,7 +10,7 @@ use kvm_clone_protocol::message::{
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, MAX_DISK_SIZE};
 
-use super::pair::{Pair, Side, answers, unexpected};
+use super::pair::{Pair, Side, answers};
 use super::route::{self, Connection, Unreached};
 use super::{Disks, number};
 use crate::error::{Error, ErrorCode, Result};
@@ -18,7 +18,8 @@ use crate::host::AgentConnection;
 use crate::progress::Progress;
 use crate::transfer::request::{Operation, Request, RouteChoice, Streams};
 use crate::transfer::result::Route;
-use crate::transfer::{At as _, Context, Job, Stopped};
+use crate::transfer::summary::Summary;
+use crate::transfer::{At as _, Context, Job, Stopped, unexpected};
 
 /// The most warnings of one disk: an agent has a handful.
 const MAX_WARNINGS: usize = 100;
@@ -48,6 +49,7 @@ pub(super) struct Sessions<'a, 'b> {
 /// A disk whose session is under way.
 struct Running {
     connection: Connection,
+    params: SessionParams,
     progress: Progress,
     sent: Option<Ended>,
     received: Option<Ended>,
@@ -154,6 +156,7 @@ impl<'a, 'b> Sessions<'a, 'b> {
         result.protocol_version = Some(connection.version);
         let running = Running {
             connection,
+            params,
             progress: Progress::new(params.size, &self.context.progress),
             sent: None,
             received: None,
@@ -352,6 +355,10 @@ impl<'a, 'b> Sessions<'a, 'b> {
             return Err(differ(self.jobs[at].request)).at(at);
         }
         self.roots[at] = sent.root;
+        let SessionParams {
+            size, hash, seed, ..
+        } = running.params;
+        result.summary = sent.root.map(|root| Summary::new(size, hash, seed, root));
         if let Some(running) = self.running.remove(&at) {
             running.progress.finish();
         }

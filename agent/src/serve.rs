@@ -415,14 +415,14 @@ impl Server {
     }
 
     /// Has a disk do something that blocks, and answers with what came of it.
-    fn ask<M: Message>(
+    fn ask<M>(
         &mut self,
         (disk, doing): (u32, &'static str),
         request: Request,
         work: impl FnOnce(&mut Slot) -> Result<M, Failure> + Send + 'static,
     ) -> Result<(), Failure>
     where
-        M: Send + 'static,
+        M: Message + Send + 'static,
     {
         let (shelf, answers) = (self.shelf(disk, doing)?, self.answers.clone());
         tokio::spawn(async move {

@@ -206,7 +206,7 @@ impl Replication {
             };
             wait_for("the end of that run", PATIENCE, again).expect_code(0);
             let newest = self.points("busy");
-            println!("{} records", self.records(newest.last().unwrap()));
+            self.records(newest.last().unwrap());
             for (point, was) in before.iter().zip(&digests) {
                 assert_eq!(self.digest(point, "vdb"), *was, "{point}");
             }

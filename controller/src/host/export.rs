@@ -21,7 +21,7 @@ pub struct Export {
 
 impl Export {
     /// The image as QEMU's options have it.
-    fn image_options(&self) -> String {
+    pub(super) fn image_options(&self) -> String {
         let path = self.path.replace(',', ",,");
         let Self { format, .. } = self;
         let file = if self.is_device {

@@ -25,6 +25,7 @@ pub mod failback;
 pub mod failover;
 mod lineage;
 mod live;
+pub mod mount;
 mod naming;
 pub mod network;
 mod obstacle;

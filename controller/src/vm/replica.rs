@@ -213,6 +213,29 @@ pub async fn pin(on: &Host, directory: &str, name: &str, stays: bool) -> Result<
     })
 }
 
+/// Does something with a point that no run removes meanwhile.
+///
+/// # Errors
+/// As [`pin`]; that of the work.
+pub(super) async fn while_pinned(
+    on: &Host,
+    directory: &str,
+    point: &Point,
+    work: impl Future<Output = Result<()>>,
+) -> Result<()> {
+    if point.pinned {
+        return work.await;
+    }
+    pin(on, directory, &point.name, true).await?;
+    let done = work.await;
+    let let_go = pin(on, directory, &point.name, false).await;
+    let let_go = let_go.map(drop).map_err(|error| {
+        let name = &point.name;
+        error.context(format!("point {name} stays until \"pin --off\""))
+    });
+    done.and(let_go)
+}
+
 /// Removes a replica with all its points. Gives back the names of those.
 ///
 /// # Errors
@@ -395,7 +418,7 @@ async fn shares_blocks(on: &Host, directory: &str) -> Result<bool> {
 pub(super) async fn lock(on: &Host, directory: &str) -> Result<Guard> {
     let path = naming::join(directory, "replica.lock");
     on.lock(&path).await?.ok_or_else(|| {
-        let message = format!("another run is at {directory} on {on}");
+        let message = format!("another run is at {directory} on {on}, or reads a point there");
         Error::new(ErrorCode::Busy, message).hint("wait until it has ended")
     })
 }

@@ -89,21 +89,8 @@ async fn bring(
     result.point = Some(point.name.clone());
     check(&to, &request.to_directory, &point, result).await?;
     to.make_directory(&request.to_directory, "0711").await?;
-    // A run that removes points leaves this one alone meanwhile.
-    let stays = !point.pinned;
-    if stays {
-        replica::pin(from.host(), &request.directory, &point.name, true).await?;
-    }
-    let brought = Box::pin(show_and_copy(context, request, &from, &to, &point, result)).await;
-    if stays {
-        let let_go = replica::pin(from.host(), &request.directory, &point.name, false).await;
-        let warning = let_go.err().map(|why| {
-            let name = &point.name;
-            format!("point {name} stays until \"pin --off\": {}", why.one_line())
-        });
-        result.outcome.warnings.extend(warning);
-    }
-    brought
+    let brought = Box::pin(show_and_copy(context, request, &from, &to, &point, result));
+    replica::while_pinned(from.host(), &request.directory, &point, brought).await
 }
 
 /// Nothing that is there already is overwritten.

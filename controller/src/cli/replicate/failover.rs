@@ -16,6 +16,7 @@ use crate::transfer::Context;
 use crate::vm::audit::{AuditResult, Audited};
 use crate::vm::failback::FailbackResult;
 use crate::vm::failover::{Committed, FailoverResult, Role, Stop};
+use crate::vm::mount::{self, MountRequest, Mounted};
 use crate::vm::network::NetworkConfig;
 use crate::vm::rehearsal::{RehearsalResult, Sign};
 use crate::vm::replica::ReplicaRequest;
@@ -113,6 +114,15 @@ pub(in crate::cli) struct Verify {
     /// All points
     #[arg(long, conflicts_with = "point")]
     all: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Mount {
+    #[command(flatten)]
+    of: OfPolicy,
+    /// The newest point that is not newer than this one [default: the newest]
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
 }
 
 /// How guests are shut down.
@@ -405,6 +415,41 @@ pub(super) async fn restore(app: &App, args: &Restore) -> Result<()> {
         }
         output::table_text(&table)
     })
+}
+
+pub(super) async fn mount(app: &App, args: &Mount) -> Result<()> {
+    let (policy, vm) = (args.of.load(app)?, &args.of.vm);
+    let request = MountRequest {
+        on: policy.destination.clone(),
+        directory: policy.directory_of(vm),
+        point: args.point.clone(),
+    };
+    let context = app.transfer_context();
+    let told = |what| report(app, "replicate-mount", what, None, mounted_text);
+    mount::mount(&context, app.connect(), &request, told).await
+}
+
+fn mounted_text(what: &Mounted) -> String {
+    let Mounted {
+        vm,
+        point,
+        directory,
+        file_systems,
+    } = what;
+    let mut table = output::table(&["file system", "type", "directory"]);
+    for found in file_systems {
+        let path = found.path.clone();
+        table.add_row([
+            found.name.clone(),
+            output::printable(&found.kind),
+            path.unwrap_or_else(|| "not known to this host".to_owned()),
+        ]);
+    }
+    let vm = output::printable(vm);
+    format!(
+        "{}{vm} of {point}, each disk as {directory}/DISK.raw, until Ctrl-C\n",
+        output::table_text(&table)
+    )
 }
 
 /// What was done, if anything was.

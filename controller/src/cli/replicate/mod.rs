@@ -52,6 +52,8 @@ pub(super) enum Command {
     Restore(failover::Restore),
     /// Read points, and say whether their disks are what they were when they were made
     Verify(failover::Verify),
+    /// Show the file systems of a point on its host, read-only, until Ctrl-C
+    Mount(failover::Mount),
     /// Boot copies of points where nobody reaches them, and say how long a failover takes and what it loses
     Test(failover::Test),
     /// Start VMs from their points, where those are; nothing is replicated over them from then on
@@ -124,6 +126,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
         Command::Remove(args) => points::remove(app, &args).await,
         Command::Restore(args) => failover::restore(app, &args).await,
         Command::Verify(args) => failover::verify(app, args).await,
+        Command::Mount(args) => failover::mount(app, &args).await,
         Command::Test(args) => failover::test(app, &args).await,
         Command::Failover(args) => failover::fail_over(app, *args).await,
         Command::Failback(args) => failover::fail_back(app, &args).await,

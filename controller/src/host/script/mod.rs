@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::host::quote;
 
 pub(super) mod live;
+pub(super) mod mount;
 pub(super) mod nbd;
 
 /// Ahead of a line that names the agent that is started next.

@@ -1,0 +1,115 @@
+//! The file systems of a point, shown on its host, for as long as somebody looks: a file that a guest
+//! has lost is copied from there.
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::failover::choose;
+use super::replica::{self, Replica};
+use super::state;
+use crate::endpoint::HostSpec;
+use crate::error::Result;
+use crate::host::{Export, FileSystem, Guard};
+use crate::libvirt::Hypervisor;
+use crate::transfer::Context;
+
+/// Below it each point that is shown has a directory: it goes with a restart of the host.
+const PLACE: &str = "/run/kvm-clone/points";
+
+/// Which point is shown.
+#[derive(Debug, Clone)]
+pub struct MountRequest {
+    /// The host that has the replica, and shows it.
+    pub on: HostSpec,
+    /// The directory of the replica.
+    pub directory: String,
+    /// The newest point that is not newer than this one; without it, the newest.
+    pub point: Option<String>,
+}
+
+/// What is shown.
+#[derive(Debug, Clone, Serialize)]
+pub struct Mounted {
+    /// The VM.
+    pub vm: String,
+    /// The point.
+    pub point: String,
+    /// The directory on the host, with each disk as `TARGET.raw`.
+    pub directory: String,
+    /// What is inside of them.
+    pub file_systems: Vec<MountedFileSystem>,
+}
+
+/// Something that looks like a file system.
+#[derive(Debug, Clone, Serialize)]
+pub struct MountedFileSystem {
+    /// The disk, and the number of the partition.
+    pub name: String,
+    /// `ext4`, `xfs`, `LVM2_member`, …
+    pub kind: String,
+    /// Where it is to be seen; none where the host cannot show it.
+    pub path: Option<String>,
+}
+
+/// Shows a point, has `tell` say what there is to be seen, and takes it away when the user wants to
+/// stop. A point that stands on others keeps runs away meanwhile; another one is pinned.
+///
+/// # Errors
+/// Not found, where there is no such point; busy, when a run is at the replica; refused, when somebody
+/// else has it mounted; when the host cannot be reached, or cannot show it.
+pub async fn mount(
+    context: &Context,
+    connect: &str,
+    request: &MountRequest,
+    tell: impl FnOnce(Mounted) -> Result<()>,
+) -> Result<()> {
+    let on = Hypervisor::new(context.host(&request.on), connect);
+    on.host().share().await?;
+    let directory = &request.directory;
+    let point = choose(&on, directory, request.point.as_deref()).await?;
+    let name = state::file_name(&point.manifest.vm);
+    let place = format!("{PLACE}/{name}-{}", point.name);
+    let disks = point.manifest.disks.iter();
+    let images: Vec<Export> = disks
+        .map(|disk| Export {
+            name: disk.target.clone(),
+            path: point.file(disk),
+            format: disk.format.of_qemu().to_owned(),
+            is_device: false,
+            is_writable: false,
+        })
+        .collect();
+    let lock = Replica::new(&on, directory).hold(&point).await?;
+    let shown = async {
+        let (guard, found) = on.host().mount(&place, &images).await?;
+        let mounted = Mounted {
+            vm: point.manifest.vm.clone(),
+            point: point.name.clone(),
+            directory: place.clone(),
+            file_systems: found.into_iter().map(MountedFileSystem::from).collect(),
+        };
+        until_stopped(guard, &context.cancelled, tell(mounted)).await
+    };
+    let done = match &lock {
+        Some(_) => shown.await,
+        None => replica::while_pinned(on.host(), directory, &point, shown).await,
+    };
+    match lock {
+        Some(lock) => done.and(lock.end().await),
+        None => done,
+    }
+}
+
+async fn until_stopped(guard: Guard, stopped: &CancellationToken, told: Result<()>) -> Result<()> {
+    if told.is_ok() {
+        stopped.cancelled().await;
+    }
+    told.and(guard.end().await)
+}
+
+impl From<FileSystem> for MountedFileSystem {
+    fn from(found: FileSystem) -> Self {
+        let FileSystem { name, kind, path } = found;
+        Self { name, kind, path }
+    }
+}

@@ -629,9 +629,18 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     let points = shop.points("web");
     let first = points[0].rsplit('/').next().unwrap();
     // A rehearsal has UEFI variables of its own.
+    shop.write(&format!("{policy}sign-of-life = \"GUEST (ready|up)\"\n"));
     let test = shop.run(&["test", "shop", "--point", first]);
     let tested = test.expect_json()["vms"][0].clone();
-    assert_eq!(tested["sign"], "running", "{test}");
+    assert_eq!(tested["sign"], "console", "{test}");
+    assert_eq!(
+        b.run(&["find", "/var/log/libvirt", "-name", "*-test-*"]),
+        ""
+    );
+    shop.write(&format!("{policy}sign-of-life = \"GUEST (\"\n"));
+    let senseless = shop.run(&["test", "shop"]);
+    senseless.expect_failure(2, &["usage"], "no expression of grep -E");
+    shop.write(&policy);
     assert_eq!(tested["point"], first, "{test}");
     assert_eq!(b.run(&["sh", "-c", "ls /var/lib/libvirt/qemu/nvram"]), "");
     // A point is what it was made, until somebody writes there.

@@ -190,6 +190,7 @@ impl Replicas {
                 point: point.map(str::to_owned),
                 networks: policy.network_config(NetworkConfig::default()),
                 isolated: policy.test_network.clone(),
+                says: policy.sign_of_life.clone(),
                 limit,
             };
             let begun = begun(

@@ -49,6 +49,9 @@ pub struct RehearsalRequest {
     pub networks: NetworkConfig,
     /// The network that it is connected to in place of that; without one, its cables are unplugged.
     pub isolated: Option<String>,
+    /// What the guest says on its console when it is up, as `grep -E` has it; without it, the guest
+    /// agent is asked.
+    pub says: Option<String>,
     /// How long the guest has to show a sign of life.
     pub limit: Duration,
 }
@@ -59,6 +62,8 @@ pub struct RehearsalRequest {
 pub enum Sign {
     /// Its agent answered.
     Agent,
+    /// It said on its console what it was to say.
+    Console,
     /// It ran for a while: it has no agent to ask.
     Running,
 }
@@ -68,6 +73,7 @@ impl Sign {
     pub fn name(self) -> &'static str {
         match self {
             Self::Agent => "agent",
+            Self::Console => "console",
             Self::Running => "running",
         }
     }
@@ -132,6 +138,11 @@ pub async fn rehearse(
     result
 }
 
+/// Where what a VM says on its console is written: where libvirt writes such things, and may.
+fn console_log(vm: &str) -> String {
+    format!("/var/log/libvirt/{}-console.log", state::file_name(vm))
+}
+
 impl Stage<'_> {
     async fn rehearse(
         &self,
@@ -150,7 +161,7 @@ impl Stage<'_> {
         let (point, definition) = self.prepare(request, point, result).await?;
         let done = async {
             self.bring_up(&point, &definition).await?;
-            self.wait_for_life(context, &point, &definition, request.limit)
+            self.wait_for_life(context, &point, &definition, request)
                 .await
         };
         let done = done.await;
@@ -165,7 +176,7 @@ impl Stage<'_> {
         }
         result.sign = Some(sign);
         result.rto_seconds = Some(match sign {
-            Sign::Agent => took.as_secs_f64(),
+            Sign::Agent | Sign::Console => took.as_secs_f64(),
             Sign::Running => took.saturating_sub(RUNS).as_secs_f64(),
         });
         swept?;
@@ -236,6 +247,9 @@ impl Stage<'_> {
             );
         }
         let definition = definition_of(&self.on, &point).await?;
+        if let Some(says) = &request.says {
+            self.check_sign(says, &definition, &mut obstacles).await?;
+        }
         let warnings = &mut result.outcome.warnings;
         checks::equipment(&definition, &destination, true, &mut obstacles, warnings).await?;
         let mut networks = with_manifest(&request.networks, &point);
@@ -274,10 +288,42 @@ impl Stage<'_> {
         {
             edits.push(Edit::Nvram(Hypervisor::default_nvram_path(&name)));
         }
+        if request.says.is_some() {
+            edits.push(Edit::ConsoleLog(console_log(&name)));
+        }
         let mut point = point;
         point.manifest.vm = name;
         point.manifest.uuid = uuid;
         Ok((point, definition.edited(&edits)?))
+    }
+
+    /// What a guest is to say must be something that it can say, and `grep` can find.
+    async fn check_sign(
+        &self,
+        says: &str,
+        definition: &Definition,
+        obstacles: &mut Obstacles,
+    ) -> Result<()> {
+        if !definition.has_serial() {
+            obstacles.refused(
+                format!(
+                    "{} has no serial port to say {says:?} on",
+                    definition.name()
+                ),
+                "give it one, or leave \"sign-of-life\" out",
+            );
+        }
+        let grep = ["grep", "-E", "-e", says, "--", "/dev/null"];
+        let found = self.on.host().tool(&grep, b"").await?;
+        if found.status.code() != Some(1) {
+            let why = found.stderr.trim();
+            obstacles.add(
+                ErrorCode::Usage,
+                format!("sign-of-life = {says:?} is no expression of grep -E: {why}"),
+                "take a part of what is said, such as \"login:\"",
+            );
+        }
+        Ok(())
     }
 
     /// Copies the point, and starts what nobody defines: it goes with its end.
@@ -285,7 +331,11 @@ impl Stage<'_> {
         let note = Note {
             format: FORMAT,
             uuid: point.manifest.uuid,
-            made: point.made(definition),
+            made: [
+                point.made(definition),
+                vec![console_log(&point.manifest.vm)],
+            ]
+            .concat(),
         };
         state::write_to(&self.on, &self.note(), &note).await?;
         let replica = Replica::new(&self.on, self.directory);
@@ -311,8 +361,9 @@ impl Stage<'_> {
         context: &Context,
         point: &Point,
         definition: &Definition,
-        limit: Duration,
+        request: &RehearsalRequest,
     ) -> Result<Sign> {
+        let (limit, log) = (request.limit, console_log(&point.manifest.vm));
         let uuid = point.manifest.uuid.to_string();
         let began = Instant::now();
         let ping = [
@@ -329,7 +380,12 @@ impl Stage<'_> {
                 return Err(Error::new(ErrorCode::Io, message)
                     .hint("its log is in /var/log/libvirt/qemu on that host"));
             }
-            if definition.has_guest_agent() {
+            if let Some(says) = &request.says {
+                let grep = ["grep", "-q", "-a", "-E", "-e", says, "--", &log];
+                if self.on.host().tool(&grep, b"").await?.status.success() {
+                    return Ok(Sign::Console);
+                }
+            } else if definition.has_guest_agent() {
                 if self.on.virsh(&ping).await.is_ok() {
                     return Ok(Sign::Agent);
                 }

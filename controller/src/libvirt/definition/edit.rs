@@ -61,6 +61,8 @@ pub enum Edit {
     },
     /// The UEFI variables in another file.
     Nvram(String),
+    /// What the guest says on its first serial console is written to a file as well.
+    ConsoleLog(String),
 }
 
 impl Definition {
@@ -126,6 +128,7 @@ fn make(domain: Node<'_, '_>, edit: &Edit, splices: &mut Splices<'_>) -> Option<
         }
         Edit::RemoveDisk { disk: index } => splices.remove(disk(index)?),
         Edit::Nvram(path) => set_nvram(child(domain, "os")?, path, splices)?,
+        Edit::ConsoleLog(path) => log_console(of_devices(domain, "serial").next()?, path, splices)?,
     }
     Some(())
 }
@@ -256,6 +259,18 @@ fn set_format(disk: Node<'_, '_>, format: &str, splices: &mut Splices<'_>) -> Op
             let element = format!("<driver name='qemu' type='{format}'/>");
             splices.insert_before(elements(disk).next()?, &element);
         }
+    }
+    Some(())
+}
+
+fn log_console(serial: Node<'_, '_>, path: &str, splices: &mut Splices<'_>) -> Option<()> {
+    match (child(serial, "log"), elements(serial).next()) {
+        (Some(had), _) => splices.set_value(&had.attribute_node("file")?, path),
+        (None, Some(first)) => {
+            let path = escape(path, Some('\''));
+            splices.insert_before(first, &format!("<log file='{path}' append='off'/>"));
+        }
+        (None, None) => return None,
     }
     Some(())
 }

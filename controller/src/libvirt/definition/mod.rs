@@ -49,6 +49,7 @@ struct Values {
     host_paths: Vec<HostPath>,
     has_genid: bool,
     has_guest_agent: bool,
+    has_serial: bool,
 }
 
 /// What the domain's firmware is.
@@ -234,6 +235,11 @@ impl Definition {
     pub fn has_guest_agent(&self) -> bool {
         self.values.has_guest_agent
     }
+
+    /// Whether the guest has a serial port.
+    pub fn has_serial(&self) -> bool {
+        self.values.has_serial
+    }
 }
 
 impl Values {
@@ -278,6 +284,7 @@ impl Values {
                 .collect(),
             host_paths: host_paths(domain),
             has_genid: child(domain, "genid").is_some(),
+            has_serial: of_devices(domain, "serial").next().is_some(),
             has_guest_agent: of_devices(domain, "channel")
                 .filter_map(|channel| child(channel, "target"))
                 .any(|target| target.attribute("name") == Some("org.qemu.guest_agent.0")),

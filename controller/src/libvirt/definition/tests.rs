@@ -64,6 +64,21 @@ fn each_edit_changes_its_own_place_only() {
 }
 
 #[test]
+fn what_a_guest_says_is_logged_where_it_has_a_serial_port() {
+    let log = [Edit::ConsoleLog("/l & m".into())];
+    assert!(!plain().has_serial() && plain().edited(&log).is_err());
+    let serial = |log: &str| {
+        let serial = format!("<serial type='pty'>{log}<target port='0'/></serial></devices>");
+        Definition::parse(PLAIN.replacen("</devices>", &serial, 1)).unwrap()
+    };
+    let expected = serial("<log file='/l &amp; m' append='off'/>");
+    for had in ["", "<log file='/other' append='off'/>"] {
+        assert!(serial(had).has_serial());
+        assert_eq!(serial(had).edited(&log).unwrap().text(), expected.text());
+    }
+}
+
+#[test]
 fn values_are_read_from_their_own_place() {
     let plain = plain();
     assert_eq!(

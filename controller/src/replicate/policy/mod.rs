@@ -127,6 +127,8 @@ pub struct Policy {
     pub networks: BTreeMap<String, String>,
     /// What VMs are connected to when their failover is tested; to nothing, without one.
     pub test_network: Option<String>,
+    /// What a VM says on its console when it is up, as `grep -E` has it.
+    pub sign_of_life: Option<String>,
     /// In which order a failover starts VMs.
     pub order: Order,
     /// For a shell: makes sure that a source does not run which cannot be asked.

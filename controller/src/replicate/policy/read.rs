@@ -113,6 +113,7 @@ struct Written {
     #[serde(default)]
     networks: BTreeMap<String, String>,
     test_network: Option<String>,
+    sign_of_life: Option<String>,
     #[serde(default)]
     order: Vec<String>,
     delay: Option<Spanned<String>>,
@@ -396,6 +397,7 @@ impl Reader<'_> {
             bandwidth_between: limits,
             networks: written.networks.clone(),
             test_network: written.test_network.clone(),
+            sign_of_life: written.sign_of_life.clone(),
             order,
             fence: written.fence.clone(),
             hooks,

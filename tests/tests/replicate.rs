@@ -162,7 +162,10 @@ fn only_what_is_due_runs_and_a_vm_that_is_gone_or_replaced_keeps_its_replica() {
         Some(points.len())
     );
     let left = shop.site.b.run(&["ls", "-A", PLACE]);
-    assert_eq!(left.lines().collect::<Vec<_>>(), [".order.json", "web-2"]);
+    assert_eq!(
+        left.lines().collect::<Vec<_>>(),
+        [".order.json", ".policy.toml", "web-2"]
+    );
     let followed = shop.run(&["remove", "shop", "web-2"]);
     followed.expect_code(5);
     assert!(followed.stderr.contains("is about it"), "{followed}");
@@ -610,6 +613,49 @@ fn a_group_is_started_in_its_order_also_when_its_policy_is_gone() {
     }
 }
 
+/// Claims that points are what they were made until somebody writes there, and that the first one goes
+/// anywhere.
+fn check_points(shop: &Replication, points: &[String]) {
+    let a = &shop.site.a;
+    let first = points[0].rsplit('/').next().unwrap();
+    let verify = |options: &[&str]| shop.run(&[&["verify", "shop"], options].concat());
+    verify(&["--all"]).expect_code(0);
+    let newest = shop.file(&points[1], "vdb.raw");
+    overwrite(&newest, &[Piece::Hole(1 << 20), Piece::Byte(7)]);
+    let differs = verify(&[]);
+    differs.expect_failure(7, &["mismatch"], "(disk vdb)");
+    verify(&["--point", first]).expect_code(0);
+    let restore = [
+        "restore",
+        "shop",
+        "web",
+        "hvA:/var/lib/libvirt/images/back",
+        "--point",
+        first,
+    ];
+    let restored = shop.run(&restore).expect_json();
+    assert_eq!(restored["vms"][0]["point"], first, "{restored}");
+    for disk in ["vda.raw", "vdb.raw"] {
+        let back = a.image("back").join(disk);
+        kvm_clone_tests::image::assert_equal(&shop.file(&points[0], disk), &back);
+    }
+    let nvram = a.run(&[
+        "cmp",
+        "/var/lib/libvirt/images/back/nvram",
+        "/var/lib/libvirt/qemu/nvram/web_VARS.fd",
+    ]);
+    assert_eq!(nvram, "");
+    let xml = a.run(&["cat", "/var/lib/libvirt/images/back/domain.xml"]);
+    assert!(
+        xml.contains("file='/var/lib/libvirt/images/back/vdb.raw'"),
+        "{xml}"
+    );
+    shop.run(&restore)
+        .expect_failure(5, &["refused"], "is there already");
+    let vms = shop.run(&["points"]).expect_json()["vms"].clone();
+    assert_eq!(vms[0]["points"][0]["pinned"], false, "{vms}");
+}
+
 #[test]
 fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source_is_said_to_be_dead()
  {
@@ -643,44 +689,7 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     shop.write(&policy);
     assert_eq!(tested["point"], first, "{test}");
     assert_eq!(b.run(&["sh", "-c", "ls /var/lib/libvirt/qemu/nvram"]), "");
-    // A point is what it was made, until somebody writes there.
-    let verify = |options: &[&str]| shop.run(&[&["verify", "shop"], options].concat());
-    verify(&["--all"]).expect_code(0);
-    let newest = shop.file(&points[1], "vdb.raw");
-    overwrite(&newest, &[Piece::Hole(1 << 20), Piece::Byte(7)]);
-    let differs = verify(&[]);
-    differs.expect_failure(7, &["mismatch"], "(disk vdb)");
-    verify(&["--point", first]).expect_code(0);
-    // A point goes anywhere, and starts there.
-    let restore = [
-        "restore",
-        "shop",
-        "web",
-        "hvA:/var/lib/libvirt/images/back",
-        "--point",
-        first,
-    ];
-    let restored = shop.run(&restore).expect_json();
-    assert_eq!(restored["vms"][0]["point"], first, "{restored}");
-    for disk in ["vda.raw", "vdb.raw"] {
-        let back = a.image("back").join(disk);
-        kvm_clone_tests::image::assert_equal(&shop.file(&points[0], disk), &back);
-    }
-    let nvram = a.run(&[
-        "cmp",
-        "/var/lib/libvirt/images/back/nvram",
-        "/var/lib/libvirt/qemu/nvram/web_VARS.fd",
-    ]);
-    assert_eq!(nvram, "");
-    let xml = a.run(&["cat", "/var/lib/libvirt/images/back/domain.xml"]);
-    assert!(
-        xml.contains("file='/var/lib/libvirt/images/back/vdb.raw'"),
-        "{xml}"
-    );
-    shop.run(&restore)
-        .expect_failure(5, &["refused"], "is there already");
-    let vms = shop.run(&["points"]).expect_json()["vms"].clone();
-    assert_eq!(vms[0]["points"][0]["pinned"], false, "{vms}");
+    check_points(&shop, &points);
     a.run(&["ip", "link", "set", "eth0", "down"]);
     // A fence that fails makes nothing sure; one that does not, does.
     let with_fence = |fence: &str| {
@@ -694,6 +703,9 @@ fn without_source_and_policy_a_replica_starts_from_its_directory_once_the_source
     fenced.expect_code(0);
     b.virsh(&["destroy", "web"]);
     shop.run(&["undo", "shop"]).expect_code(0);
+    // What is beside the replicas is as good as the file.
+    std::fs::copy(b.image("kvm-clone/shop/.policy.toml"), &shop.policies).unwrap();
+    shop.run(&["status"]).expect_code(0);
     std::fs::remove_file(&shop.policies).unwrap();
     // As from another machine: nothing is known of what was done.
     let state = shop.site.controller.home().join(".local/state");

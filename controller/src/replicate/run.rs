@@ -314,6 +314,7 @@ async fn tidy(
     run: &mut VmRun,
 ) -> Result<()> {
     policy.order.keep(on, &policy.place()).await?;
+    keep_policy(on.host(), policy).await?;
     let listed = replica::points(on.host(), directory).await?;
     let unlike = doubt::unlike(&run.result, &listed.points, policy.max_change);
     run.doubt = doubt::raise(on, directory, point, unlike).await?;
@@ -327,6 +328,16 @@ async fn tidy(
         run.removed = prune(on.host(), directory, policy, listed, warnings).await?;
     }
     Ok(())
+}
+
+/// Has the policy beside its replicas, for whoever has lost the file. Hidden, as what is no replica.
+async fn keep_policy(on: &Host, policy: &Policy) -> Result<()> {
+    let path = format!("{}/.policy.toml", policy.place());
+    let kept = on.read_file(&path).await?;
+    match kept.as_deref() == Some(policy.text.as_bytes()) {
+        true => Ok(()),
+        false => on.write_file(&path, policy.text.as_bytes()).await,
+    }
 }
 
 /// Removes the points that need not stay, and gives back their names.

@@ -87,6 +87,8 @@ impl Default for Notify {
 pub struct Policy {
     /// Its name in the file.
     pub name: String,
+    /// What the file says of it, by which it can be written once more.
+    pub text: String,
     /// The host that has the VMs.
     pub source: HostSpec,
     /// The host that has their replicas.

@@ -10,7 +10,7 @@ use jiff::SignedDuration;
 use jiff::civil::Time;
 use jiff::tz::TimeZone;
 use serde::Deserialize;
-use toml::Spanned;
+use toml::{Spanned, Table};
 
 use super::{Hooks, Limits, Notify, Policies, Policy, REPEAT, Window};
 use crate::cli::options::{Rate, Space};
@@ -306,6 +306,15 @@ impl Reader<'_> {
         }
     }
 
+    /// A file of that policy alone: comments are left out.
+    fn text_of(&self, name: &str) -> String {
+        let tables: Table = self.text.parse().unwrap_or_default();
+        let of = |table: &Table, key: &str| table.get(key)?.as_table().cloned();
+        let policy = of(&tables, "policy").and_then(|all| of(&all, name));
+        let policy = Table::from_iter([(name.to_owned(), policy.unwrap_or_default().into())]);
+        Table::from_iter([("policy".to_owned(), policy.into())]).to_string()
+    }
+
     fn policy(&mut self, name: &Spanned<String>, written: &Written) -> Option<Policy> {
         let so_far = self.mistakes.len();
         self.check_names(name, written);
@@ -375,6 +384,7 @@ impl Reader<'_> {
             |all: &[Spanned<String>]| all.iter().map(|text| text.get_ref().clone()).collect();
         Some(Policy {
             name: name.get_ref().clone(),
+            text: self.text_of(name.get_ref()),
             source: source?,
             destination: destination?,
             directory: written
@@ -864,6 +874,9 @@ not-between = [{ from = \"22:00\", to = \"02:00\", days = \"fri\" }]
             (Limits::default(), REPEAT)
         );
         assert!(full.notify.command.is_some() && full.notify.heartbeat.is_some());
+        // Its text by itself says as much.
+        let again = parse(&full.all[0].text).unwrap().all;
+        assert_eq!(format!("{again:?}"), format!("{:?}", full.all));
         assert!(mistakes("")[0].what.contains("no policy"));
         let two = PLAIN.replace("15m", "x").replace("1h", "y");
         assert_eq!(mistakes(&two).len(), 2);

@@ -374,7 +374,9 @@ impl Slot {
             Failure::new(FailureCode::Protocol, message)
         })?;
         disk::permit(&Location::Path(preserve.path.clone()), Access::Destination)?;
-        destination.preserve(Path::new(OsStr::from_bytes(&preserve.path)))?;
+        destination
+            .preserve(Path::new(OsStr::from_bytes(&preserve.path)))
+            .inspect_err(|failure| self.progress.fail(failure.code))?;
         Ok(Preserved { disk })
     }
 

@@ -79,8 +79,7 @@ impl Told {
 
     fn take(&mut self, run: &serde_json::Value) -> String {
         assert_eq!(run["success"], true, "{run}");
-        let points = self.shop.points("web");
-        let newest = points.last().unwrap().clone();
+        let newest = format!("{PLACE}/web/points/{}", run["point"].as_str().unwrap());
         let raw = self.shop.site.a.image("web-vda.raw");
         assert_eq!(self.shop.digest(&newest, "vda"), digest(&raw));
         let shown = self.look(&newest);
@@ -289,6 +288,22 @@ fn a_head_that_others_have_written_and_a_point_that_cannot_be_read_stop_runs_and
     shop.run(&["run", "shop"])
         .expect_failure(5, &["refused"], "stand on each other");
     std::fs::write(&manifest, good).unwrap();
+    let newest = told.run();
+    // The clock is put back: what was made last stands on the head, whatever its instant.
+    let manifest = told.shop.file(&newest, "manifest.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let mut ahead: serde_json::Value = serde_json::from_str(&text).unwrap();
+    ahead["instant"] = "2199-01-01T00:00:00Z".into();
+    let ahead = serde_json::to_string_pretty(&ahead).unwrap();
+    std::fs::write(&manifest, ahead).unwrap();
+    for mark in ["three", "four"] {
+        set_mark(&told.shop.site.a.image("web-vda.raw"), mark);
+        let run = told.shop.run_vm();
+        let warning = run["warnings"][0].as_str().unwrap();
+        assert!(warning.contains("has not come"), "{run}");
+        told.take(&run);
+    }
+    std::fs::write(&manifest, text).unwrap();
     told.run();
     let head = told.shop.site.b.image("kvm-clone/shop/web/head/vda.raw");
     set_mark(&head, "others");
@@ -304,6 +319,10 @@ fn a_head_that_others_have_written_and_a_point_that_cannot_be_read_stop_runs_and
     told.shop.site.b.run(&words);
     told.shown.clear();
     told.run();
+    let many = format!("vms = [\"web\"]\nkeep = {{ last = 499, daily = 2 }}\n{EVERY_MINUTE}");
+    told.shop.write(&many);
+    let check = told.shop.run(&["check"]);
+    check.expect_failure(5, &["refused"], "there can be 500");
 }
 
 #[test]

@@ -29,8 +29,14 @@ pub async fn check(context: &Context, connect: &str, policy: &Policy) -> Result<
     let destination = context.host(&policy.destination);
     let found = find(&source, &destination, policy).await?;
     let place = policy.place();
-    let obstacles =
-        replica::check_place(&destination, &place, policy.min_free, &found.gone).await?;
+    let obstacles = replica::check_place(
+        &destination,
+        &place,
+        policy.min_free,
+        policy.keep.most(),
+        &found.gone,
+    )
+    .await?;
     Ok(Checked {
         policy: policy.name.clone(),
         vms: found.vms,

@@ -53,6 +53,19 @@ fn limit(now: Timestamp) -> Timestamp {
 }
 
 impl Keep {
+    /// How many stay at most, but for those that are pinned.
+    pub fn most(&self) -> usize {
+        let Self {
+            last,
+            hourly,
+            daily,
+            weekly,
+            monthly,
+        } = *self;
+        let all = [last.max(1), hourly, daily, weekly, monthly];
+        all.into_iter().fold(0, usize::saturating_add)
+    }
+
     /// Which points of these instants stay, in their order, by the calendar of `zone`.
     ///
     /// # Errors

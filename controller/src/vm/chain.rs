@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::host::Host;
 
 /// Points that may stand on each other: a process may have 1024 files open, as a rule.
-const MOST: usize = 500;
+pub(super) const MOST: usize = 500;
 
 /// An image of a point.
 #[derive(Debug)]
@@ -30,9 +30,11 @@ struct Image<'a> {
     disk: &'a PointDisk,
 }
 
-/// The images of each disk, from the oldest on.
+/// The images of each disk, in the order in which they were made, whatever the clock said then.
 fn images(points: &[Point]) -> BTreeMap<&str, Vec<Image<'_>>> {
     let mut all: BTreeMap<&str, Vec<Image<'_>>> = BTreeMap::new();
+    let mut points: Vec<&Point> = points.iter().collect();
+    points.sort_by_key(|point| (point.manifest.sequence, point.manifest.instant));
     for point in points {
         for disk in &point.manifest.disks {
             let images = all.entry(&disk.target).or_default();
@@ -91,17 +93,20 @@ pub(super) fn ends(points: &[Point]) -> BTreeMap<String, String> {
     images(points).into_iter().filter_map(newest).collect()
 }
 
-/// Refuses what would spoil points: one that cannot be read may stand between two others, and more of
-/// them than [`MOST`].
-pub(super) fn check(listed: &Listed) -> Result<()> {
-    let n = listed.points.iter().filter(|point| stands(point)).count();
-    if n > MOST {
-        let message =
-            format!("{n} points here stand on each other: QEMU opens all of them at once");
-        return Err(Error::new(ErrorCode::Refused, message).hint(format!(
-            "keep at most {MOST} points, or replicate to XFS or btrfs"
-        )));
+/// Refuses more points than can stand on each other.
+pub(super) fn check_count(points: &[Point]) -> Result<()> {
+    let n = points.iter().filter(|point| stands(point)).count();
+    if n <= MOST {
+        return Ok(());
     }
+    let message = format!("{n} points stand on each other, and QEMU opens all of them at once");
+    Err(Error::new(ErrorCode::Refused, message).hint(
+        "let go of some that are pinned (\"pin --off\"), or choose a \"directory\" on XFS or btrfs",
+    ))
+}
+
+/// Refuses what would spoil points: one that cannot be read may stand between two others.
+pub(super) fn check(listed: &Listed) -> Result<()> {
     match listed.strange.first() {
         Some(strange) if listed.points.iter().any(stands) => {
             let message = format!("points here stand on each other, and {strange}");

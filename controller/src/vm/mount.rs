@@ -2,14 +2,13 @@
 //! has lost is copied from there.
 
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
 use super::failover::choose;
-use super::replica::{self, Replica};
+use super::replica::Replica;
 use super::state;
 use crate::endpoint::HostSpec;
 use crate::error::Result;
-use crate::host::{Export, FileSystem, Guard};
+use crate::host::{Export, FileSystem};
 use crate::libvirt::Hypervisor;
 use crate::transfer::Context;
 
@@ -52,7 +51,8 @@ pub struct MountedFileSystem {
 }
 
 /// Shows a point, has `tell` say what there is to be seen, and takes it away when the user wants to
-/// stop. A point that stands on others keeps runs away meanwhile; another one is pinned.
+/// stop. A point that stands on others keeps runs away meanwhile; another one may be removed, and is
+/// shown all the same.
 ///
 /// # Errors
 /// Not found, where there is no such point; busy, when a run is at the replica; refused, when somebody
@@ -80,31 +80,21 @@ pub async fn mount(
         })
         .collect();
     let lock = Replica::new(&on, directory).hold(&point).await?;
-    let shown = async {
-        let (guard, found) = on.host().mount(&place, &images).await?;
-        let mounted = Mounted {
-            vm: point.manifest.vm.clone(),
-            point: point.name.clone(),
-            directory: place.clone(),
-            file_systems: found.into_iter().map(MountedFileSystem::from).collect(),
-        };
-        until_stopped(guard, &context.cancelled, tell(mounted)).await
-    };
-    let done = match &lock {
-        Some(_) => shown.await,
-        None => replica::while_pinned(on.host(), directory, &point, shown).await,
-    };
-    match lock {
-        Some(lock) => done.and(lock.end().await),
-        None => done,
-    }
-}
-
-async fn until_stopped(guard: Guard, stopped: &CancellationToken, told: Result<()>) -> Result<()> {
+    let (guard, found) = on.host().mount(&place, &images).await?;
+    let told = tell(Mounted {
+        vm: point.manifest.vm.clone(),
+        point: point.name.clone(),
+        directory: place,
+        file_systems: found.into_iter().map(MountedFileSystem::from).collect(),
+    });
     if told.is_ok() {
-        stopped.cancelled().await;
+        context.cancelled.cancelled().await;
     }
-    told.and(guard.end().await)
+    let ended = guard.end().await;
+    if let Some(lock) = lock {
+        lock.end().await?;
+    }
+    told.and(ended)
 }
 
 impl From<FileSystem> for MountedFileSystem {

@@ -56,6 +56,8 @@ pub struct Manifest {
     pub source: String,
     /// The instant whose contents all disks hold.
     pub instant: Timestamp,
+    /// Counts the points of a replica as they were made: clocks are put back.
+    pub sequence: u64,
     /// What they are to the guest.
     pub consistency: PointConsistency,
     /// The disks.
@@ -183,6 +185,7 @@ impl Listed {
 pub(super) struct Making<'a> {
     pub(super) survey: &'a Survey,
     pub(super) instant: Timestamp,
+    pub(super) sequence: u64,
     pub(super) consistency: PointConsistency,
     /// The directory with the disks, `vda.raw` and so on, which hold that version.
     pub(super) head: &'a str,
@@ -213,6 +216,12 @@ impl Making<'_> {
 pub(super) struct Points<'a> {
     on: &'a Host,
     directory: &'a str,
+}
+
+/// The number of the point that comes after these.
+pub(super) fn next(points: &[Point]) -> u64 {
+    let numbers = points.iter().map(|point| point.manifest.sequence);
+    numbers.max().unwrap_or(0) + 1
 }
 
 /// The directory of the disks of a replica that is started.
@@ -276,6 +285,7 @@ impl<'a> Points<'a> {
             uuid: definition.uuid(),
             source: making.survey.on.host().to_string(),
             instant: making.instant,
+            sequence: making.sequence,
             consistency: making.consistency,
             disks,
             small_files: making.small.iter().map(|(name, _)| name.clone()).collect(),
@@ -431,7 +441,9 @@ impl<'a> Points<'a> {
     /// # Errors
     /// When the host cannot be reached, or it cannot be removed.
     pub(super) async fn sweep(&self) -> Result<()> {
-        let names = self.on.names_in(&self.path("")).await?.unwrap_or_default();
+        let Some(names) = self.on.names_in(&self.path("")).await? else {
+            return Ok(());
+        };
         let hidden = names.iter().filter(|name| name.starts_with('.'));
         let hidden: Vec<String> = hidden.map(|name| self.path(name)).collect();
         self.on.remove(&hidden).await?;
@@ -463,7 +475,7 @@ fn finding<'w>(points: &'w str, name: &'w str) -> [&'w str; 8] {
 }
 
 /// The name of the point of an instant: no colon, which QEMU would take for a protocol.
-fn name_of(instant: Timestamp) -> String {
+pub(super) fn name_of(instant: Timestamp) -> String {
     instant.strftime(NAME).to_string()
 }
 
@@ -607,6 +619,12 @@ fn runbook(point: &Point, definition: &Definition, live: &str) -> Result<String>
             None => name.to_owned(),
         })
         .collect();
+    if chain::stands(point) {
+        text.push_str(
+            "\nIts disks need those of newer points, and head/. Where head/ has a file .*.kc-applying, a \
+             sync broke off\njust then: \"kvm-clone-ctl recover\" for this host ends that first.\n",
+        );
+    }
     if !connected.is_empty() {
         let _ = writeln!(
             text,

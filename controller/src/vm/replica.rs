@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use kvm_clone_protocol::message::{ApplyChoice, Recovery};
@@ -61,6 +61,8 @@ pub struct ReplicaRequest {
     pub quiesce: Quiesce,
     /// Bytes that stay free on the destination's file system.
     pub min_free: u64,
+    /// Of how many points it may come to consist.
+    pub most_points: usize,
     /// After so long a run reads all, whatever is known of what has changed; `None` for never.
     pub full_scan_after: Option<SignedDuration>,
     /// Bytes a second, of all disks together; `None` for no limit.
@@ -353,6 +355,7 @@ pub async fn check_place(
     on: &Host,
     place: &str,
     min_free: u64,
+    most_points: usize,
     gone: &[String],
 ) -> Result<Vec<Obstacle>> {
     let mut obstacles = Obstacles::default();
@@ -365,17 +368,18 @@ pub async fn check_place(
         );
     }
     if let Some(directory) = space::existing(on, place).await? {
-        check_file_system(on, &directory, min_free, &mut obstacles).await?;
+        check_file_system(on, &directory, min_free, most_points, &mut obstacles).await?;
     }
     Ok(obstacles.into_found())
 }
 
 /// The file system of a directory must leave so much free. Where files cannot share blocks there, its
-/// host needs QEMU's tools for points. Gives back what those are.
+/// host needs QEMU's tools for points, and there must not be too many. Gives back what those are.
 async fn check_file_system(
     on: &Host,
     directory: &str,
     needed: u64,
+    most_points: usize,
     obstacles: &mut Obstacles,
 ) -> Result<PointFormat> {
     let free = on.space(directory).await?.free_bytes;
@@ -389,6 +393,16 @@ async fn check_file_system(
     }
     if shares_blocks(on, directory).await? {
         return Ok(PointFormat::Raw);
+    }
+    if most_points > chain::MOST {
+        let most = chain::MOST;
+        obstacles.refused(
+            format!(
+                "\"keep\" is for {most_points} points, and where files share no blocks, as in {directory} on \
+                 {on}, there can be {most}"
+            ),
+            "keep fewer, or choose a \"directory\" on XFS or btrfs",
+        );
     }
     let found = on.tool(&["qemu-img", "--version"], b"").await?;
     if !found.status.success() {
@@ -436,7 +450,7 @@ async fn run(
     let replica = Replica::new(&to, &request.directory);
     let mut fit = Box::pin(prepare(&from, &replica, request, purpose, result)).await?;
     // Ahead of the instant that the disks are read as of: no point is taken for newer than it is.
-    let now = Timestamp::now();
+    let now = unused_instant(&fit.points).await;
     let warnings = &mut result.warnings;
     let hold = Hold::begin(&fit.source, fit.reading, Some(&fit.versions), warnings).await?;
     if let Some(hold) = &hold {
@@ -457,6 +471,7 @@ async fn run(
         .make(&Making {
             survey: &fit.source,
             instant: now,
+            sequence: point::next(&fit.points),
             consistency: PointConsistency::of(result.consistency),
             head: &replica.head(),
             format: fit.format,
@@ -474,6 +489,18 @@ async fn run(
     // Who comes next, to remove points, must not find it busy.
     fit.lock.end().await?;
     Ok(point)
+}
+
+/// Now, or as soon as no point is called so: their names are of seconds.
+async fn unused_instant(points: &[Point]) -> Timestamp {
+    loop {
+        let now = Timestamp::now();
+        let name = point::name_of(now);
+        if points.iter().all(|point| point.name != name) {
+            return now;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Looks at both ends; or gives all that is in the way as one error.
@@ -529,7 +556,7 @@ async fn prepare(
         ..Options::default()
     };
     let format = replica
-        .check_room(&source, is_first, request.min_free, &mut obstacles)
+        .check_room(&source, is_first, request, &mut obstacles)
         .await?;
     let found = obstacles.into_found();
     let what = format!("cannot replicate {} to {host}", source.name());
@@ -705,6 +732,7 @@ impl Replica {
         let head = self.read().await?;
         let listed = self.points().list().await?;
         chain::check(&listed)?;
+        chain::check_count(&listed.points)?;
         let points = listed.points;
         let has_ends = !chain::ends(&points).is_empty();
         match &head {
@@ -774,15 +802,17 @@ impl Replica {
         &self,
         source: &Survey,
         is_first: bool,
-        min_free: u64,
+        request: &ReplicaRequest,
         obstacles: &mut Obstacles,
     ) -> Result<PointFormat> {
         let images = source.disks.iter().flat_map(|disk| &disk.images);
         let data = images.map(|image| image.facts.allocated_bytes).sum::<u64>();
-        let needed = min_free.saturating_add(if is_first { data } else { 0 });
+        let first = if is_first { data } else { 0 };
+        let needed = request.min_free.saturating_add(first);
         let existing = space::existing(self.on.host(), &self.directory).await?;
         let directory = existing.as_ref().unwrap_or(&self.directory);
-        check_file_system(self.on.host(), directory, needed, obstacles).await
+        let most_points = request.most_points;
+        check_file_system(self.on.host(), directory, needed, most_points, obstacles).await
     }
 
     /// The run has ended well: the head is what it is now. Disks that the VM has no more go.

@@ -189,6 +189,7 @@ impl Policy {
             live: self.live,
             quiesce: self.quiesce,
             min_free: self.min_free,
+            most_points: self.keep.most(),
             full_scan_after: self.full_scan_after,
             bandwidth_limit: self.limit_at(Timestamp::now()),
             networks: self.networks.clone(),

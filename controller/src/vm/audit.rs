@@ -125,7 +125,12 @@ async fn read(on: &Hypervisor, point: &Point, shown: &Shown) -> Result<AuditedPo
         bytes_total: 0,
     };
     for disk in &point.manifest.disks {
-        let is_same = disk.summary.is_of(on.host(), &shown.location(disk)).await;
+        let Some(summary) = &disk.summary else {
+            let (target, point) = (&disk.target, &point.name);
+            let message = format!("what disk {target} of {point} was is not in its manifest.json");
+            return Err(Error::new(ErrorCode::NotFound, message));
+        };
+        let is_same = summary.is_of(on.host(), &shown.location(disk)).await;
         let is_same = is_same.map_err(|error| {
             let (target, point) = (&disk.target, &point.name);
             error.context(format!("disk {target} of {point}"))

@@ -18,7 +18,7 @@ use std::fmt::Write as _;
 use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use uuid::Uuid;
 
 use super::result::DiskResult;
@@ -113,8 +113,9 @@ pub struct PointDisk {
     pub format: PointFormat,
     /// What the guest sees, in bytes.
     pub size_bytes: u64,
-    /// Its contents in one figure.
-    pub summary: Summary,
+    /// Its contents in one figure; it is not shown, since a guest must not come to know the seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<Summary>,
 }
 
 /// What the file of a disk is.
@@ -161,8 +162,16 @@ pub struct Point {
     /// The user wants it to stay.
     pub pinned: bool,
     /// What it is of.
-    #[serde(flatten)]
+    #[serde(flatten, serialize_with = "as_shown")]
     pub manifest: Manifest,
+}
+
+fn as_shown<S: Serializer>(manifest: &Manifest, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut shown = manifest.clone();
+    for disk in &mut shown.disks {
+        disk.summary = None;
+    }
+    shown.serialize(serializer)
 }
 
 /// The points of a VM.
@@ -267,7 +276,7 @@ impl<'a> Points<'a> {
                     file: making.format.file_of(&name, &disk.target),
                     format: making.format,
                     size_bytes: disk.size_bytes(),
-                    summary: making.summary_of(&disk.target)?,
+                    summary: Some(making.summary_of(&disk.target)?),
                 })
             })
             .collect::<Result<_>>()?;

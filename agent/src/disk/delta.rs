@@ -374,10 +374,11 @@ fn be_bytes(entries: &[u64]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::io::{BufRead, BufReader, Write};
     use std::path::PathBuf;
+    use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
     use kvm_clone_protocol::message::Access;
-    use kvm_clone_tests::process::tool;
     use kvm_clone_tests::skip::{find_tool, skip};
     use tempfile::TempDir;
 
@@ -385,9 +386,48 @@ mod tests {
     use super::super::open_image;
     use super::*;
 
+    /// A shell that runs all programs of a test: a process of ours that is being started has all that
+    /// we hold, so that other tests would find their locks taken now and then.
+    struct Shell {
+        child: Child,
+        input: ChildStdin,
+        output: BufReader<ChildStdout>,
+    }
+
+    impl Shell {
+        fn start() -> Self {
+            let mut child = Command::new("sh")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+            Self {
+                child,
+                input,
+                output: BufReader::new(output),
+            }
+        }
+
+        fn run(&mut self, command: &str) {
+            writeln!(self.input, "{command} >&2; echo $?").unwrap();
+            let mut status = String::new();
+            self.output.read_line(&mut status).unwrap();
+            assert_eq!(status, "0\n", "{command}");
+        }
+    }
+
+    impl Drop for Shell {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
     /// A directory with a disk and images that stand on it; `None` without QEMU.
     struct Chain {
         directory: TempDir,
+        shell: Shell,
         /// Images, each of which stands on the next, and what they show.
         versions: Vec<(PathBuf, Vec<u8>)>,
     }
@@ -401,6 +441,7 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let chain = Self {
                 directory,
+                shell: Shell::start(),
                 versions: Vec::new(),
             };
             fs::write(chain.disk(), contents).unwrap();
@@ -420,15 +461,13 @@ mod tests {
             let path = self.path(&self.versions.len().to_string());
             let contents = fs::read(self.disk()).unwrap();
             let size = contents.len().to_string();
-            let create = format!(
-                "create -q -f qcow2 -F raw -b disk {} {size}",
-                path.display()
-            );
-            tool("qemu-img", create.split(' '));
+            let shown = path.display();
+            let create = format!("qemu-img create -q -f qcow2 -F raw -b disk {shown} {size}");
+            self.shell.run(&create);
             if let Some((last, _)) = self.versions.last() {
-                let (last, path) = (last.display(), path.display());
-                let rebase = format!("rebase -u -f qcow2 -F qcow2 -b {path} {last}");
-                tool("qemu-img", rebase.split(' '));
+                let last = last.display();
+                let rebase = format!("qemu-img rebase -u -f qcow2 -F qcow2 -b {shown} {last}");
+                self.shell.run(&rebase);
             }
             self.versions.push((path, contents));
         }
@@ -447,20 +486,17 @@ mod tests {
             })
         }
 
-        fn check(&self) {
+        fn check(&mut self) {
             self.check_newest(self.versions.len());
         }
 
-        fn check_newest(&self, n: usize) {
+        fn check_newest(&mut self, n: usize) {
+            let raw = self.path("raw");
             for (path, contents) in self.versions.iter().rev().take(n) {
-                tool(
-                    "qemu-img",
-                    ["check".as_ref(), "-q".as_ref(), path.as_os_str()],
-                );
-                let raw = self.path("raw");
                 let (from, to) = (path.display(), raw.display());
-                let convert = format!("convert -f qcow2 -O raw {from} {to}");
-                tool("qemu-img", convert.split(' '));
+                self.shell.run(&format!("qemu-img check -q {from}"));
+                let convert = format!("qemu-img convert -f qcow2 -O raw {from} {to}");
+                self.shell.run(&convert);
                 assert!(fs::read(&raw).unwrap() == *contents, "{from}");
             }
         }
@@ -519,8 +555,9 @@ mod tests {
         let file = fs::File::options().write(true).open(chain.disk()).unwrap();
         file.set_len(3 << 30).unwrap();
         let path = chain.path("0");
-        let create = format!("create -q -f qcow2 -F raw -b disk {} 3G", path.display());
-        tool("qemu-img", create.split(' '));
+        let shown = path.display();
+        let create = format!("qemu-img create -q -f qcow2 -F raw -b disk {shown} 3G");
+        chain.shell.run(&create);
         chain.versions.push((path.clone(), Vec::new()));
         let write = |index: u64, byte: u8| {
             use std::os::unix::fs::FileExt;
@@ -541,17 +578,11 @@ mod tests {
             extend(&path, &image(), 3 << 30, changed).unwrap();
             some.iter().for_each(|index| write(*index, 6));
         }
-        tool(
-            "qemu-img",
-            ["check".as_ref(), "-q".as_ref(), path.as_os_str()],
-        );
+        chain.shell.run(&format!("qemu-img check -q {shown}"));
         for index in far {
             let pattern = format!("read -P 5 {} 64k", index * BLOCK_SIZE);
-            let said = tool(
-                "qemu-io",
-                ["-f", "qcow2", "-c", &pattern, path.to_str().unwrap()],
-            );
-            assert!(!said.contains("failed"), "{index}: {said}");
+            let read = format!("qemu-io -f qcow2 -c '{pattern}' {shown}");
+            chain.shell.run(&read);
         }
     }
 

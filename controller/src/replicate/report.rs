@@ -415,7 +415,7 @@ mod tests {
         let manifest = serde_json::json!({
             "format": 1, "made_by": "", "vm": vm, "source": "hv1", "disks": [], "small_files": [],
             "uuid": uuid::Uuid::nil(), "instant": "2026-11-29T15:00:00Z", "consistency": "crash",
-            "networks": {}
+            "sequence": 1, "networks": {}
         });
         Point {
             name: "20261129T150000Z".to_owned(),

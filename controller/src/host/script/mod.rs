@@ -493,6 +493,8 @@ mod tests {
             live::process(),
             nbd::export(),
             nbd::end_export(),
+            mount::mount(),
+            mount::end_mount(),
         ];
         for script in scripts {
             // An exclamation mark before a space is one for csh as well.

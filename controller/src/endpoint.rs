@@ -6,6 +6,8 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use kvm_clone_protocol::message::Location;
+
 use crate::error::{Error, Result};
 pub use nbd::NbdUri;
 
@@ -139,6 +141,16 @@ pub enum DiskLocation {
     Path(PathBuf),
     /// What an NBD server there exports.
     Nbd(NbdUri),
+}
+
+impl DiskLocation {
+    /// As an agent is told.
+    pub fn on_wire(&self) -> Location {
+        match self {
+            Self::Path(path) => Location::Path(path.as_os_str().as_bytes().to_vec()),
+            Self::Nbd(uri) => Location::Export(uri.export()),
+        }
+    }
 }
 
 impl DiskSpec {

@@ -1,11 +1,13 @@
 //! File systems inside images, shown on their host for as long as a guard stands there.
 
+use serde::Serialize;
+
 use super::script::mount as script;
 use super::{Export, Guard, Host};
 use crate::error::{Error, ErrorCode, Result};
 
 /// Something that looks like a file system, inside an image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FileSystem {
     /// The disk, and the number of the partition.
     pub name: String,

@@ -1,10 +1,8 @@
 //! The contents of a disk in one figure: what a transfer has left at its destination, and what a disk
 //! holds now, by which the two can be told apart without the source.
 
-use std::os::unix::ffi::OsStrExt as _;
-
 use kvm_clone_protocol::digest::{Digest, HashKind, Seed};
-use kvm_clone_protocol::message::{Access, Control, Location, Message, Open, Summarize};
+use kvm_clone_protocol::message::{Access, Control, Message, Open, Summarize};
 use serde::{Deserialize, Serialize};
 
 use super::unexpected;
@@ -90,10 +88,7 @@ impl Summary {
     async fn root(&self, agent: &mut AgentConnection, disk: &DiskLocation) -> Result<Digest> {
         let open = Open {
             disk: 0,
-            location: match disk {
-                DiskLocation::Path(path) => Location::Path(path.as_os_str().as_bytes().to_vec()),
-                DiskLocation::Nbd(uri) => Location::Export(uri.export()),
-            },
+            location: disk.on_wire(),
             access: Access::Compare,
         };
         match ask(agent, &open).await? {

@@ -10,8 +10,9 @@
 //! ```
 //!
 //! They lie in one directory, since QEMU puts the names of a chain behind each other where they lead
-//! from one to another. So each shows its version wherever something breaks off. What stands on the head although there is
-//! a newer point is put right by the next run, before it changes the head ([`link`]).
+//! from one to another. So each shows its version wherever something breaks off. What stands on the
+//! head although there is a newer point is put right by the next run, before it changes the head
+//! ([`link`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 

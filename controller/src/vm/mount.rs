@@ -36,18 +36,7 @@ pub struct Mounted {
     /// The directory on the host, with each disk as `TARGET.raw`.
     pub directory: String,
     /// What is inside of them.
-    pub file_systems: Vec<MountedFileSystem>,
-}
-
-/// Something that looks like a file system.
-#[derive(Debug, Clone, Serialize)]
-pub struct MountedFileSystem {
-    /// The disk, and the number of the partition.
-    pub name: String,
-    /// `ext4`, `xfs`, `LVM2_member`, …
-    pub kind: String,
-    /// Where it is to be seen; none where the host cannot show it.
-    pub path: Option<String>,
+    pub file_systems: Vec<FileSystem>,
 }
 
 /// Shows a point, has `tell` say what there is to be seen, and takes it away when the user wants to
@@ -70,22 +59,14 @@ pub async fn mount(
     let name = state::file_name(&point.manifest.vm);
     let place = format!("{PLACE}/{name}-{}", point.name);
     let disks = point.manifest.disks.iter();
-    let images: Vec<Export> = disks
-        .map(|disk| Export {
-            name: disk.target.clone(),
-            path: point.file(disk),
-            format: disk.format.of_qemu().to_owned(),
-            is_device: false,
-            is_writable: false,
-        })
-        .collect();
+    let images: Vec<Export> = disks.map(|disk| point.export(disk)).collect();
     let lock = Replica::new(&on, directory).hold(&point).await?;
-    let (guard, found) = on.host().mount(&place, &images).await?;
+    let (guard, file_systems) = on.host().mount(&place, &images).await?;
     let told = tell(Mounted {
         vm: point.manifest.vm.clone(),
         point: point.name.clone(),
         directory: place,
-        file_systems: found.into_iter().map(MountedFileSystem::from).collect(),
+        file_systems,
     });
     if told.is_ok() {
         context.cancelled.cancelled().await;
@@ -95,11 +76,4 @@ pub async fn mount(
         lock.end().await?;
     }
     told.and(ended)
-}
-
-impl From<FileSystem> for MountedFileSystem {
-    fn from(found: FileSystem) -> Self {
-        let FileSystem { name, kind, path } = found;
-        Self { name, kind, path }
-    }
 }

@@ -25,7 +25,7 @@ use super::result::DiskResult;
 use super::survey::Survey;
 use super::{chain, naming, network};
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::{Host, quoted};
+use crate::host::{Export, Host, quoted};
 use crate::libvirt::Hypervisor;
 use crate::libvirt::definition::{Definition, DiskSource, Edit};
 use crate::transfer::Consistency;
@@ -540,6 +540,17 @@ impl Point {
                 let (directory, _) = naming::split(naming::split(&self.path).0);
                 format!("{directory}/deltas/{}", disk.file)
             }
+        }
+    }
+
+    /// One of its disks as a server shows it.
+    pub(super) fn export(&self, disk: &PointDisk) -> Export {
+        Export {
+            name: disk.target.clone(),
+            path: self.file(disk),
+            format: disk.format.of_qemu().to_owned(),
+            is_device: false,
+            is_writable: false,
         }
     }
 

@@ -34,15 +34,7 @@ impl Shown {
         if let Some(lock) = Replica::new(on, directory).hold(point).await? {
             let disks = point.manifest.disks.iter();
             let deltas = disks.filter(|disk| disk.format == PointFormat::Delta);
-            let images: Vec<Export> = deltas
-                .map(|disk| Export {
-                    name: disk.target.clone(),
-                    path: point.file(disk),
-                    format: disk.format.of_qemu().to_owned(),
-                    is_device: false,
-                    is_writable: false,
-                })
-                .collect();
+            let images: Vec<Export> = deltas.map(|disk| point.export(disk)).collect();
             let nothing = ["true"];
             let servers = on.host().export(&shown.directory, &images, &nothing);
             shown.held = Some([servers.await?, lock]);

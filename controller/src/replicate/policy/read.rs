@@ -158,6 +158,7 @@ pub fn parse(text: &str) -> Result<Policies, Vec<Mistake>> {
     })?;
     let mut reader = Reader {
         text,
+        tables: text.parse().unwrap_or_default(),
         mistakes: Vec::new(),
     };
     let limits = reader.limits(&file.limits);
@@ -221,6 +222,8 @@ fn line(text: &str, at: usize) -> usize {
 
 struct Reader<'a> {
     text: &'a str,
+    /// The same, as TOML has it.
+    tables: Table,
     mistakes: Vec<Mistake>,
 }
 
@@ -308,10 +311,9 @@ impl Reader<'_> {
 
     /// A file of that policy alone: comments are left out.
     fn text_of(&self, name: &str) -> String {
-        let tables: Table = self.text.parse().unwrap_or_default();
-        let of = |table: &Table, key: &str| table.get(key)?.as_table().cloned();
-        let policy = of(&tables, "policy").and_then(|all| of(&all, name));
-        let policy = Table::from_iter([(name.to_owned(), policy.unwrap_or_default().into())]);
+        let policy = self.tables.get("policy").and_then(|all| all.get(name));
+        let policy = policy.cloned().unwrap_or_else(|| Table::new().into());
+        let policy = Table::from_iter([(name.to_owned(), policy)]);
         Table::from_iter([("policy".to_owned(), policy.into())]).to_string()
     }
 

@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Commit, Control, DiskKind, Location, Open, Opened, Prepare, Preserve,
+    Access, ApplyChoice, Commit, Control, DiskKind, Open, Opened, Prepare, Preserve,
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 
@@ -23,7 +23,6 @@ use super::copy::torn;
 use super::request::{LiveRead, Operation, Request, Verification};
 use super::result::TransferResult;
 use super::{At as _, BeforeChange, Context, Job, Method, Stopped, Working, unexpected};
-use crate::endpoint::DiskLocation;
 use crate::error::{Error, ErrorCode, Result};
 use pair::{Pair, Side};
 use sessions::Sessions;
@@ -171,10 +170,7 @@ async fn open_one(
     };
     let open = Open {
         disk: number(at),
-        location: match &disk.location {
-            DiskLocation::Path(path) => Location::Path(path.as_os_str().as_bytes().to_vec()),
-            DiskLocation::Nbd(uri) => Location::Export(uri.export()),
-        },
+        location: disk.location.on_wire(),
         access,
     };
     match pair.ask(side, Some(open.disk), &open).await? {

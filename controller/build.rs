@@ -1,12 +1,19 @@
-//! Builds the static agent, packs it, and leaves its size and its digest for `agent_binary`.
+//! Builds the static agent for the machine that the controller is for, packs it, with those for other
+//! machines that the environment names, and leaves what `agent_binary` takes in.
 
 use std::env;
 use std::error::Error;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Machines that have agents, as Rust and `uname -m` name them, and the variable that names a file
+/// with the agent for one.
+const MACHINES: [(&str, &str); 2] = [
+    ("x86_64", "KVM_CLONE_AGENT_X86_64"),
+    ("aarch64", "KVM_CLONE_AGENT_AARCH64"),
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
@@ -19,23 +26,32 @@ fn main() -> Result<(), Box<dyn Error>> {
     ] {
         println!("cargo::rerun-if-changed={path}");
     }
-    println!("cargo::rerun-if-env-changed=KVM_CLONE_AGENT");
-    let agent = match env::var_os("KVM_CLONE_AGENT").filter(|path| !path.is_empty()) {
-        Some(path) => {
-            println!("cargo::rerun-if-changed={}", Path::new(&path).display());
-            PathBuf::from(path)
-        }
-        None => build(&agent_target_dir(&out))?,
-    };
-    let bytes =
-        fs::read(&agent).map_err(|error| format!("reading {}: {error}", agent.display()))?;
-    // Level 19 takes two seconds and saves a quarter of level 3; the agent is built seldom.
-    fs::write(out.join("agent.zst"), zstd::bulk::compress(&bytes, 19)?)?;
-    println!("cargo::rustc-env=KVM_CLONE_AGENT_SIZE={}", bytes.len());
-    println!(
-        "cargo::rustc-env=KVM_CLONE_AGENT_BLAKE3={}",
-        blake3::hash(&bytes).to_hex()
-    );
+    let own = env::var("CARGO_CFG_TARGET_ARCH")?;
+    let mut agents = String::new();
+    for (machine, variable) in MACHINES {
+        println!("cargo::rerun-if-env-changed={variable}");
+        let agent = match env::var_os(variable).filter(|path| !path.is_empty()) {
+            Some(path) => {
+                println!("cargo::rerun-if-changed={}", Path::new(&path).display());
+                PathBuf::from(path)
+            }
+            None if machine == own => build(&agent_target_dir(&out), machine)?,
+            None => continue,
+        };
+        let bytes =
+            fs::read(&agent).map_err(|error| format!("reading {}: {error}", agent.display()))?;
+        let packed = out.join(format!("agent-{machine}.zst"));
+        // Level 19 takes two seconds and saves a quarter of level 3; the agent is built seldom.
+        fs::write(&packed, zstd::bulk::compress(&bytes, 19)?)?;
+        let (size, digest) = (bytes.len(), blake3::hash(&bytes).to_hex());
+        writeln!(
+            agents,
+            "    Agent::packed({machine:?}, {size}, {:?}, include_bytes!({packed:?})),",
+            digest.as_str()
+        )?;
+    }
+    let carried = format!("fn carried() -> Vec<Agent> {{\n    vec![\n{agents}    ]\n}}\n");
+    fs::write(out.join("agents.rs"), carried)?;
     Ok(())
 }
 
@@ -48,7 +64,8 @@ fn agent_target_dir(out: &Path) -> PathBuf {
 
 /// A build of its own: another profile, another target, and linked statically. It has its own
 /// target directory, because the one of the outer build is locked.
-fn build(target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
+fn build(target_dir: &Path, machine: &str) -> Result<PathBuf, Box<dyn Error>> {
+    let target = format!("{machine}-unknown-linux-gnu");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args([
         "build",
@@ -57,7 +74,7 @@ fn build(target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
         "-p",
         "kvm-clone-agent",
         "--target",
-        TARGET,
+        target.as_str(),
     ]);
     cargo.arg("--target-dir").arg(target_dir);
     for (name, _) in env::vars_os() {
@@ -77,7 +94,7 @@ fn build(target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
         )
         .into());
     }
-    Ok(target_dir.join(TARGET).join("agent/kvm-clone-agent"))
+    Ok(target_dir.join(target).join("agent/kvm-clone-agent"))
 }
 
 /// Settings that are meant for the controller: the flags and wrappers of clippy or a coverage

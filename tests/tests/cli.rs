@@ -108,11 +108,16 @@ fn the_transfer_options_of_a_disk_sync_are_all_explained() {
 
 #[test]
 fn the_version_is_the_workspaces() {
-    let version = run(&["--version"]).expect_code(0).text();
-    assert_eq!(
-        version.trim(),
-        format!("kvm-clone-ctl {}", env!("CARGO_PKG_VERSION"))
-    );
+    let own = format!("kvm-clone-ctl {}", env!("CARGO_PKG_VERSION"));
+    assert_eq!(run(&["-V"]).expect_code(0).text().trim(), own);
+    let long = run(&["--version"]).expect_code(0).text();
+    let lines: Vec<&str> = long.lines().collect();
+    let [release, protocol, agents] = lines[..] else {
+        panic!("{long}");
+    };
+    assert_eq!((release, protocol), (&own[..], "protocol 2 to 2"));
+    let ours = format!("agents {} ", std::env::consts::ARCH);
+    assert!(agents.starts_with(&ours), "{long}");
 }
 
 #[test]

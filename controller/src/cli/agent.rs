@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::App;
 use super::answers::{Answer, report};
-use crate::agent_binary;
+use crate::agent_binary::{self, Agent as Ours};
 use crate::endpoint::HostSpec;
 use crate::error::Result;
 use crate::host::{AgentConnection, AgentPath, DEFAULT_INSTALL_PATH, Host, Removed, Unwanted};
@@ -106,7 +106,7 @@ pub(super) async fn run(app: &App, command: Command) -> Result<()> {
 /// What an agent says about itself; ends it.
 async fn about(agent: AgentConnection) -> Agent {
     let (welcome, versions) = (agent.welcome(), agent.versions());
-    let matches = welcome.agent_digest == agent_binary::digest();
+    let ours = agent_binary::with_digest(welcome.agent_digest);
     let path = agent.agent_path();
     let forced = *path == AgentPath::Forced;
     let about = Agent {
@@ -122,8 +122,8 @@ async fn about(agent: AgentConnection) -> Agent {
         protocol_min: Some(versions.min),
         protocol_max: Some(versions.max),
         architecture: Some(welcome.arch.clone()),
-        digest_matches: Some(matches),
-        size: matches.then(agent_binary::size),
+        digest_matches: Some(ours.is_some()),
+        size: ours.map(Ours::size),
         warnings: agent.warnings().to_vec(),
     };
     agent.close().await;

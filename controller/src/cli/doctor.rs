@@ -139,7 +139,7 @@ async fn method(known: &[(Host, Facts)]) -> Option<Choice> {
         return None;
     };
     let cannot = |(host, facts): &(Host, Facts)| {
-        let foreign = agent_binary::check_architecture(&host.to_string(), &facts.machine).err();
+        let foreign = agent_binary::for_machine(&host.to_string(), &facts.machine).err();
         let reason = foreign.map(|error| error.one_line());
         reason.or_else(|| {
             facts
@@ -245,8 +245,8 @@ fn shell(facts: &Facts) -> Check {
 }
 
 fn architecture(host: &Host, facts: &Facts) -> Check {
-    match agent_binary::check_architecture(&host.to_string(), &facts.machine) {
-        Ok(()) => Check::ok("architecture", &facts.machine),
+    match agent_binary::for_machine(&host.to_string(), &facts.machine) {
+        Ok(_) => Check::ok("architecture", &facts.machine),
         Err(error) => Check::failure(
             "architecture",
             error.code(),

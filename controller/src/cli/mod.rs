@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use kvm_clone_protocol::preamble::SUPPORTED;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +30,7 @@ use crate::endpoint::HostSpec;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, SshOptions};
 use crate::transfer::Context;
-use crate::{logging, output, progress};
+use crate::{agent_binary, logging, output, progress};
 use options::{Globals, OutputFormat};
 
 /// Makes disks of KVM virtual machines equal between hypervisors that share nothing but ssh
@@ -37,6 +38,7 @@ use options::{Globals, OutputFormat};
 #[command(
     name = "kvm-clone-ctl",
     version,
+    long_version = long_version(),
     max_term_width = 100,
     propagate_version = true
 )]
@@ -96,6 +98,20 @@ enum Command {
         #[arg(value_name = "COMMAND")]
         command: Vec<String>,
     },
+}
+
+/// The release, the protocol, and the agents that this program carries.
+fn long_version() -> String {
+    let agents = agent_binary::for_all();
+    let agents: Vec<String> = agents.iter().map(ToString::to_string).collect();
+    let versions = SUPPORTED;
+    format!(
+        "{}\nprotocol {} to {}\nagents {}",
+        env!("CARGO_PKG_VERSION"),
+        versions.min,
+        versions.max,
+        agents.join(", ")
+    )
 }
 
 /// What the commands share.
@@ -223,6 +239,9 @@ fn try_main(args: impl Iterator<Item = OsString>) -> Result<(), End> {
         return Ok(config::run(&command, &config_file, globals.output)?);
     }
     let config = config_file.load()?;
+    if let Some(agent) = &globals.agent {
+        agent_binary::give(agent)?;
+    }
     let app = App::new(globals, config_file, config);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Frames are moved, never digested or compressed here: two threads keep both hosts busy.

@@ -39,6 +39,14 @@ pub struct Globals {
     /// Use this agent on the hosts, and deploy nothing
     #[arg(long, global = true, value_name = "PATH")]
     pub agent_path: Option<PathBuf>,
+    /// Deploy this agent to hosts of its machine, and not the one that this program carries
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        conflicts_with = "agent_path"
+    )]
+    pub agent: Option<PathBuf>,
     /// Where libvirt listens on the hosts [default: qemu:///system]
     #[arg(long, global = true, value_name = "URI")]
     pub connect: Option<String>,

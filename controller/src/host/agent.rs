@@ -150,7 +150,7 @@ impl AgentConnection {
         };
         sender.send(&hello).await.map_err(StartFailure::Agent)?;
         let welcome = receiver.welcome().await.map_err(StartFailure::Agent)?;
-        if expected == Expected::Ours && welcome.agent_digest != agent_binary::digest() {
+        if expected == Expected::Ours && agent_binary::with_digest(welcome.agent_digest).is_none() {
             return Err(StartFailure::Agent(Error::new(
                 ErrorCode::Protocol,
                 format!(

@@ -12,9 +12,10 @@ use std::os::unix::ffi::OsStrExt as _;
 use super::agent::{AgentConnection, StartFailure};
 use super::facts::seconds_now;
 use super::install::DEFAULT_INSTALL_PATH;
+use super::script::Findable;
 use super::session::{Greeting, Session};
 use super::{AgentPath, Host, find, line_after, lines_after, script};
-use crate::agent_binary;
+use crate::agent_binary::{self, Agent};
 use crate::error::{Error, ErrorCode, Result};
 
 /// Which agent has to be at the other end.
@@ -136,8 +137,8 @@ impl Host {
             match session.greeting().await? {
                 Greeting::At(path) => Ok((session, path, false)),
                 Greeting::Need(machine) => {
-                    agent_binary::check_architecture(&self.to_string(), &machine)?;
-                    let path = self.send_agent().await?;
+                    let agent = agent_binary::for_machine(&self.to_string(), &machine)?;
+                    let path = self.send(agent).await?;
                     session.start(&path).await?;
                     Ok((session, AgentPath::Direct(path), true))
                 }
@@ -155,12 +156,13 @@ impl Host {
     }
 
     fn start_script(&self, search: bool) -> String {
-        script::start(&agent_binary::file_name(), agent_binary::size(), search)
+        let agents: Vec<Findable> = agent_binary::for_all().iter().map(findable).collect();
+        script::start(&agents, search)
     }
 
     /// Puts the agent into the first cache directory that takes it. Gives back its path.
-    async fn send_agent(&self) -> Result<Vec<u8>> {
-        let agent = agent_binary::bytes()?;
+    async fn send(&self, ours: &Agent) -> Result<Vec<u8>> {
+        let agent = ours.bytes()?;
         let mut tried = Vec::new();
         let mut from = 1;
         while from <= script::CANDIDATES {
@@ -183,21 +185,17 @@ impl Host {
                     .await;
                 return Err(damaged(self, temporary));
             }
-            return self.place(temporary).await;
+            return self.place(ours, temporary).await;
         }
         Err(nowhere(self, &tried))
     }
 
-    async fn place(&self, temporary: &[u8]) -> Result<Vec<u8>> {
+    async fn place(&self, agent: &Agent, temporary: &[u8]) -> Result<Vec<u8>> {
         let directory = temporary
             .iter()
             .rposition(|byte| *byte == b'/')
             .unwrap_or_default();
-        let path = [
-            &temporary[..=directory],
-            agent_binary::file_name().as_bytes(),
-        ]
-        .concat();
+        let path = [&temporary[..=directory], agent.file_name().as_bytes()].concat();
         let output = self
             .run(&script::place(temporary, &path)?, b"", MAX_CHATTER)
             .await?;
@@ -220,11 +218,12 @@ impl Host {
     /// # Errors
     /// When the host cannot be reached, or runs no shell.
     pub async fn remove_agents(&self, which: Unwanted) -> Result<Removed> {
-        let name = agent_binary::file_name();
+        let ours = agent_binary::for_all();
+        let names: Vec<String> = ours.iter().map(|agent| agent.file_name()).collect();
         let script = script::remove(match which {
             Unwanted::All => None,
             Unwanted::Old => Some(script::Spared {
-                agent: &name,
+                agents: &names,
                 uploads_after: seconds_now() - UPLOAD_SECONDS,
             }),
         });
@@ -248,6 +247,15 @@ const MAX_LISTING: usize = 1024 * 1024;
 /// An upload that is older than this is broken: it takes a second on a good line. Nothing that is
 /// on every host tells how old a file is, so its name does, by our clock; clocks differ by less.
 const UPLOAD_SECONDS: i64 = 3600;
+
+/// What a search for an agent is told.
+fn findable(agent: &&'static Agent) -> Findable {
+    Findable {
+        machines: agent.machines(),
+        name: agent.file_name(),
+        size: agent.size(),
+    }
+}
 
 /// A name that no other upload has, and nobody can guess.
 pub(super) fn temporary_name() -> String {
@@ -297,6 +305,14 @@ mod tests {
 
     const NAME: &str = "agent-0.1.0-0123456789abcdef";
 
+    fn stand_in() -> Findable {
+        Findable {
+            machines: vec!["riscv64", std::env::consts::ARCH],
+            name: NAME.to_owned(),
+            size: AGENT.len(),
+        }
+    }
+
     /// A host's user: a home directory, in which the scripts run under real shells.
     struct User {
         home: tempfile::TempDir,
@@ -337,8 +353,7 @@ mod tests {
         }
 
         fn start(&self) -> Vec<u8> {
-            self.run(&script::start(NAME, AGENT.len(), true), b"")
-                .stdout
+            self.run(&script::start(&[stand_in()], true), b"").stdout
         }
 
         /// The names of the files below its home of which a removal speaks, sorted.
@@ -404,15 +419,13 @@ mod tests {
         for user in shells() {
             user.deploy();
             let told = [user.agent().as_os_str().as_bytes(), b"\nrest"].concat();
-            let output = user
-                .run(&script::start(NAME, AGENT.len(), false), &told)
-                .stdout;
+            let output = user.run(&script::start(&[stand_in()], false), &told).stdout;
             assert!(
                 output.ends_with(b"\nstarted serve\n"),
                 "{}",
                 output.escape_ascii()
             );
-            let unheard = user.run(&script::start(NAME, AGENT.len(), false), b"");
+            let unheard = user.run(&script::start(&[stand_in()], false), b"");
             assert!(
                 !unheard.status.success(),
                 "a controller that went away starts nothing"
@@ -580,7 +593,7 @@ mod tests {
     #[test]
     fn removing_what_is_old_spares_the_agent_and_uploads_under_way() {
         let spared = Some(script::Spared {
-            agent: NAME,
+            agents: &[NAME.to_owned()],
             uploads_after: 1_000_000,
         });
         for user in shells() {

@@ -3,7 +3,7 @@
 
 use super::deploy::{MAX_CHATTER, damaged, temporary_name};
 use super::{Host, find, line_after, script};
-use crate::agent_binary;
+use crate::agent_binary::{self, Agent};
 use crate::error::{Error, ErrorCode, Result};
 
 /// Where `--sudo` looks, and where `agent install` puts the agent unless told otherwise.
@@ -19,8 +19,7 @@ impl Host {
         if !path.starts_with(b"/") || path.ends_with(b"/") {
             return Err(Error::usage("--path is not the absolute path of a file"));
         }
-        self.check_machine().await?;
-        let agent = agent_binary::bytes()?;
+        let agent = self.agent_for_it().await?.bytes()?;
         let directory = path
             .iter()
             .rposition(|byte| *byte == b'/')
@@ -51,13 +50,14 @@ impl Host {
         }
     }
 
-    async fn check_machine(&self) -> Result<()> {
+    async fn agent_for_it(&self) -> Result<&'static Agent> {
         let output = self
             .run("echo; echo kvm-clone-need $(uname -m)", b"", MAX_CHATTER)
             .await?;
         let machine =
             line_after(&output.stdout, script::NEED).ok_or_else(|| self.runs_no_script(&output))?;
-        agent_binary::check_architecture(&self.to_string(), String::from_utf8_lossy(machine).trim())
+        let machine = String::from_utf8_lossy(machine);
+        agent_binary::for_machine(&self.to_string(), machine.trim())
     }
 
     fn not_installed(&self, reason: &str) -> Error {

@@ -142,19 +142,38 @@ const ROOT_PRELUDE: &str = r#"
     };
 "#;
 
-/// Starts the agent `name` of `size` bytes where it is found; else says `NEED`, and starts what
-/// it is told on its standard input. Without `search` it does not look.
-pub(super) fn start(name: &str, size: usize, search: bool) -> String {
+/// An agent that may be there.
+#[derive(Debug)]
+pub(super) struct Findable {
+    /// What `uname -m` says where it runs: letters, digits and `_`.
+    pub(super) machines: Vec<&'static str>,
+    /// The name of its file.
+    pub(super) name: String,
+    /// Bytes.
+    pub(super) size: usize,
+}
+
+/// Starts the agent for this machine where it is found; else says `NEED`, and starts what it is told on
+/// its standard input. Without `search` it does not look.
+pub(super) fn start(agents: &[Findable], search: bool) -> String {
+    let cases: String = agents
+        .iter()
+        .map(|agent| {
+            let machines = agent.machines.join("|");
+            format!("({machines}) n={}; s={} ;; ", agent.name, agent.size)
+        })
+        .collect();
     let candidates = if search { "1 2 3 4" } else { "" };
     one_line(&format!(
-        r#"{PRELUDE} n={name}; s={size};
+        r#"{PRELUDE} n=; s=; m=$(uname -m);
+        case $m in {cases} esac;
         for k in {candidates}; do
-            candidate $k && safe && f=$c/kvm-clone/$n || continue;
+            [ "$n" ] && candidate $k && safe && f=$c/kvm-clone/$n || continue;
             if private_dir "$c/kvm-clone" && private_file "$f"; then
                 echo; say "kvm-clone-at direct $f"; exec "$f" serve;
             fi;
         done;
-        echo; echo "kvm-clone-need $(uname -m)";
+        echo; echo "kvm-clone-need $m";
         IFS= read -r f && exec "$f" serve"#
     ))
 }
@@ -287,8 +306,8 @@ pub(super) fn discard(temporary: &[u8]) -> Result<String> {
 /// What [`remove`] leaves alone.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Spared<'a> {
-    /// The name of an agent.
-    pub(super) agent: &'a str,
+    /// The names of agents.
+    pub(super) agents: &'a [String],
     /// Uploads that began after this second of the Unix epoch, as their names tell.
     pub(super) uploads_after: i64,
 }
@@ -296,15 +315,18 @@ pub(super) struct Spared<'a> {
 /// Removes the agents of ours, and what broken uploads left; where nothing is spared, also the
 /// directories that are empty then.
 pub(super) fn remove(spared: Option<Spared<'_>>) -> String {
+    let agents = spared.iter().flat_map(|spared| spared.agents);
+    let spared_names: Vec<String> = agents.map(|name| format!("*/{name}")).collect();
     let (spare, tidy) = match spared {
         // What is no number fails the comparison, and is not spared.
         Some(spared) => (
             format!(
                 r#"case $f in
-                    (*/{}) continue ;;
+                    ({}) continue ;;
                     (*/.agent.*) b=${{f##*/.agent.}}; [ "${{b%%.*}}" -gt {} ] 2>/dev/null && continue ;;
                 esac;"#,
-                spared.agent, spared.uploads_after
+                spared_names.join("|"),
+                spared.uploads_after
             ),
             "",
         ),
@@ -471,14 +493,21 @@ mod tests {
     #[test]
     fn no_script_holds_what_csh_would_read_in_its_own_way() {
         let scripts = [
-            start("agent-1", 1, true),
+            start(
+                &[Findable {
+                    machines: vec!["x86_64", "amd64"],
+                    name: "agent-1".to_owned(),
+                    size: 1,
+                }],
+                true,
+            ),
             start_given(b"/opt/agent").unwrap(),
             start_as_root(b"/opt/agent").unwrap(),
             upload(".agent.1", 1, 1),
             place(b"/a/.agent.1", b"/a/agent-1").unwrap(),
             remove(None),
             remove(Some(Spared {
-                agent: "agent-1",
+                agents: &["agent-1".to_owned()],
                 uploads_after: 1,
             })),
             facts(".agent.1", "qemu:///system", Some(b"/opt/agent")).unwrap(),

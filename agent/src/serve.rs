@@ -70,7 +70,7 @@ pub(crate) async fn serve(commands: Commands) -> Result<(), Failure> {
     let mut reader = FrameReader::new(input).map_err(broken)?;
     let mut writer = FrameWriter::new(output).map_err(broken)?;
     let late = || Failure::link("no controller said hello in time");
-    tokio::time::timeout(GREETING, greet(&mut reader, &mut writer))
+    let version = tokio::time::timeout(GREETING, greet(&mut reader, &mut writer))
         .await
         .map_err(|_| late())??;
 
@@ -78,7 +78,7 @@ pub(crate) async fn serve(commands: Commands) -> Result<(), Failure> {
     let pool = Pool::start().map_err(|error| {
         Failure::new(FailureCode::Internal, format!("starting threads: {error}"))
     })?;
-    let mut server = Server::new(answers, pool, commands);
+    let mut server = Server::new(version, answers, pool, commands);
     let mut beats = interval_at(Instant::now() + BEAT, BEAT);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = loop {
@@ -121,8 +121,8 @@ pub(crate) async fn serve(commands: Commands) -> Result<(), Failure> {
     end
 }
 
-/// Preambles, then hello and welcome.
-async fn greet(reader: &mut FrameReader, writer: &mut FrameWriter) -> Result<(), Failure> {
+/// Preambles, then hello and welcome. Gives the protocol version.
+async fn greet(reader: &mut FrameReader, writer: &mut FrameWriter) -> Result<u16, Failure> {
     let gone = |error: io::Error| Failure::link(format!("writing to the controller: {error}"));
     writer.push_bytes(Bytes::copy_from_slice(
         &Preamble::of_this_build(SUPPORTED).encode(),
@@ -143,7 +143,8 @@ async fn greet(reader: &mut FrameReader, writer: &mut FrameWriter) -> Result<(),
         }
     }
     writer.push(&welcome()?.frame()?);
-    writer.flush().await.map_err(gone)
+    writer.flush().await.map_err(gone)?;
+    Ok(version)
 }
 
 fn welcome() -> Result<Welcome, Failure> {
@@ -186,6 +187,8 @@ enum Continue {
 }
 
 struct Server {
+    /// The protocol version of the control connection.
+    version: u16,
     answers: Answers,
     pool: Pool,
     commands: Commands,
@@ -232,8 +235,9 @@ impl Drop for Dialing {
 type Shelf = Arc<Mutex<Option<Slot>>>;
 
 impl Server {
-    fn new(answers: Answers, pool: Pool, commands: Commands) -> Self {
+    fn new(version: u16, answers: Answers, pool: Pool, commands: Commands) -> Self {
         Self {
+            version,
             answers,
             pool,
             commands,
@@ -249,6 +253,13 @@ impl Server {
 
     /// Answers a frame of the controller, now or later.
     fn handle(&mut self, frame: &Frame) -> Result<Continue, Failure> {
+        if frame.kind.since() > self.version {
+            let message = format!(
+                "{:?} is not of protocol version {}",
+                frame.kind, self.version
+            );
+            return Err(protocol(message));
+        }
         let message = Control::read(frame)?;
         match message {
             Control::Alive(Alive {}) => return Ok(Continue::Serving),

@@ -101,6 +101,11 @@ pub fn for_machine(host: &str, machine: &str) -> Result<&'static Agent> {
     })
 }
 
+/// The first 16 hexadecimal digits of a BLAKE3, by which agents are told apart.
+pub fn short_digest(digest: [u8; 32]) -> String {
+    blake3::Hash::from_bytes(digest).to_hex()[..16].to_owned()
+}
+
 /// The agent that states this BLAKE3, if it is one of ours.
 pub fn with_digest(digest: [u8; 32]) -> Option<&'static Agent> {
     let digest = blake3::Hash::from_bytes(digest).to_hex();

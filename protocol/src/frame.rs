@@ -12,6 +12,8 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use thiserror::Error;
 
+use crate::preamble::SUPPORTED;
+
 /// Bytes ahead of meta and payload.
 pub const HEAD_LEN: usize = 8;
 
@@ -116,8 +118,16 @@ impl FrameKind {
     fn from_wire(byte: u8) -> Result<Self, FrameError> {
         Self::ALL
             .into_iter()
-            .find(|kind| *kind as u8 == byte)
+            .find(|kind| *kind as u8 == byte && kind.since() <= SUPPORTED.max)
             .ok_or(FrameError::UnknownKind { kind: byte })
+    }
+
+    /// The oldest protocol version that has it. None is sent on a connection of an older one.
+    pub fn since(self) -> u16 {
+        match self {
+            Self::Preserve | Self::Preserved | Self::Summarize | Self::Summary => 3,
+            _ => SUPPORTED.min,
+        }
     }
 
     /// Whether frames of this kind belong on a data connection.

@@ -33,7 +33,10 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const SUPPORTED: Versions = Versions { min: 2, max: 2 };
+pub const SUPPORTED: Versions = Versions {
+    min: 2,
+    max: if cfg!(feature = "version-2") { 2 } else { 3 },
+};
 
 impl std::fmt::Display for Versions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

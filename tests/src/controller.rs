@@ -19,6 +19,7 @@ const LIMIT: Duration = Duration::from_secs(150);
 /// The controller with a home and an ssh configuration of its own.
 #[derive(Debug)]
 pub struct Controller {
+    program: PathBuf,
     home: PathBuf,
     ssh_config: PathBuf,
     agent_socket: Option<PathBuf>,
@@ -35,6 +36,7 @@ impl Controller {
     pub fn new(home: PathBuf, ssh_config: PathBuf) -> Self {
         fs::create_dir_all(home.join("runs")).expect("the laboratory's directory is writable");
         Self {
+            program: binary(),
             home,
             ssh_config,
             agent_socket: None,
@@ -53,6 +55,15 @@ impl Controller {
     #[must_use]
     pub fn ssh_config(&self) -> &Path {
         &self.ssh_config
+    }
+
+    /// Another build of it.
+    #[must_use]
+    pub fn program(self, program: &Path) -> Self {
+        Self {
+            program: program.to_owned(),
+            ..self
+        }
     }
 
     /// Runs it in a network namespace.
@@ -91,7 +102,7 @@ impl Controller {
         let file = |name| self.home.join(format!("runs/{number}-{name}"));
         let (stdout, stderr) = (file("stdout"), file("stderr"));
         let create = |path: &Path| File::create(path).expect("the laboratory is writable");
-        let mut command = self.command(&binary());
+        let mut command = self.command(&self.program);
         command.args(args);
         command.stdout(create(&stdout)).stderr(create(&stderr));
         let child = command.spawn().expect("the controller can be executed");

@@ -35,6 +35,16 @@ pub struct HostSpec {
     setup: String,
     bashrc: String,
     network: Option<Place>,
+    machine: Machine,
+}
+
+/// What kind of machine a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    /// The one that the tests run on.
+    Own,
+    /// An aarch64, as far as agents go: `uname -m` says so, and its programs run, emulated by QEMU.
+    Aarch64,
 }
 
 /// Where a host is reached, if not on the loopback of the machine.
@@ -55,6 +65,7 @@ impl HostSpec {
             setup: String::new(),
             bashrc: String::new(),
             network: None,
+            machine: Machine::Own,
         }
     }
 
@@ -71,6 +82,12 @@ impl HostSpec {
             setup: commands.to_owned(),
             ..self
         }
+    }
+
+    /// Another kind of machine.
+    #[must_use]
+    pub fn machine(self, machine: Machine) -> Self {
+        Self { machine, ..self }
     }
 
     /// In a network of its own.
@@ -355,6 +372,14 @@ fn mount_namespace(process: &Child) -> OsString {
         .into_os_string()
 }
 
+/// Has this kernel give programs for aarch64 to QEMU, which is opened here and now (`F`). The number is
+/// what an ELF header of one begins with, and its mask leaves out what differs among them; both are
+/// those of QEMU's own binfmt.d. On Linux 6.7 and newer this ends with the last mount.
+const EMULATION: &str = r"mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
+[ -e /proc/sys/fs/binfmt_misc/kvm-clone-aarch64 ] ||
+  echo ':kvm-clone-aarch64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:/usr/bin/qemu-aarch64-static:F' >/proc/sys/fs/binfmt_misc/register ||
+  [ -e /proc/sys/fs/binfmt_misc/kvm-clone-aarch64 ]";
+
 /// What becomes sshd: everything before `exec` is only seen by the host.
 fn setup_script(spec: &HostSpec, directory: &Path) -> String {
     // Where the machine itself is no host yet, it gets the empty directory that is mounted over.
@@ -374,6 +399,17 @@ fn setup_script(spec: &HostSpec, directory: &Path) -> String {
     let sshd = find_tool("sshd").expect("checked before anything starts");
     let config = directory.join("etc/sshd_config");
     script.push_str("mount -t tmpfs none /run\nmkdir /run/sshd\n");
+    if spec.machine == Machine::Aarch64 {
+        let uname = directory.join("etc/uname");
+        write(&uname, "#!/bin/sh\necho aarch64\n");
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(&uname, executable).expect("a host's directory is its own");
+        let _ = writeln!(
+            script,
+            "{EMULATION}\nmount --bind {} /usr/bin/uname",
+            uname.display()
+        );
+    }
     let _ = writeln!(script, "{}", spec.setup);
     let _ = writeln!(
         script,

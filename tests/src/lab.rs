@@ -8,7 +8,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::controller::{Controller, Run, Running};
-use crate::host::{Host, HostSpec, PATIENCE, Place, make_key};
+use crate::host::{Host, HostSpec, Machine, PATIENCE, Place, make_key};
 use crate::journey::Journey;
 use crate::mount::{FileSystem, Kind, LoopDevice};
 use crate::network::Network;
@@ -19,6 +19,9 @@ use crate::skip::{obstacle, skip};
 /// Where laboratories lie, unless `KVM_CLONE_TEST_DIR` says otherwise: outside of everything that
 /// is a host's own, such as /tmp and /root, where the repository may well be.
 const BASE: &str = "/var/lib/kvm-clone-tests";
+
+/// Names the host that is an aarch64 machine, hvA or hvB, in whichever tests run.
+const FOREIGN: &str = "KVM_CLONE_TEST_AARCH64";
 
 /// What a laboratory holds, before its hosts start: a mount made later would not be seen by them.
 #[derive(Debug)]
@@ -67,7 +70,12 @@ impl LabSpec {
             return None;
         }
         let directory = TempDir::with_prefix_in("lab-", base()).expect("root may make directories");
-        let (host_a, host_b) = (HostSpec::new("hvA"), HostSpec::new("hvB"));
+        let foreign = std::env::var_os(FOREIGN);
+        let host = |name| match foreign.as_ref().is_some_and(|foreign| foreign == name) {
+            true => HostSpec::new(name).machine(Machine::Aarch64),
+            false => HostSpec::new(name),
+        };
+        let (host_a, host_b) = (host("hvA"), host("hvB"));
         Some(Self {
             directory,
             mounts: Vec::new(),

@@ -33,6 +33,7 @@ pub mod mount;
 pub mod namespace;
 pub mod nbd;
 pub mod network;
+pub mod older;
 pub mod outcome;
 pub mod process;
 pub mod recorded;

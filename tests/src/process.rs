@@ -89,14 +89,26 @@ pub fn processes_in(mount_namespace: &OsStr) -> Vec<PathBuf> {
 
 /// The agents that run in a mount namespace, as `/proc/PID` directories.
 ///
-/// An agent is known by its executable, which lies in the directory `kvm-clone` of a cache.
-/// ssh's own processes only have that path among their arguments.
+/// An agent is known by its executable, which lies in the directory `kvm-clone` of a cache, and which
+/// is the first argument of an emulator. ssh's own processes have that path among their later ones.
 #[must_use]
 pub fn agents_in(mount_namespace: &OsStr) -> Vec<PathBuf> {
+    let is_agent = |path: &str| path.contains("/kvm-clone/agent-");
     let mut found = processes_in(mount_namespace);
     found.retain(|process| {
-        std::fs::read_link(process.join("exe"))
-            .is_ok_and(|exe| exe.to_string_lossy().contains("/kvm-clone/agent-"))
+        let Ok(exe) = std::fs::read_link(process.join("exe")) else {
+            return false;
+        };
+        let exe = exe.to_string_lossy();
+        let emulated = || {
+            arguments(process)
+                .get(1)
+                .map(|word| String::from_utf8_lossy(word).into_owned())
+        };
+        match exe.contains("/qemu-aarch64") {
+            true => emulated().is_some_and(|program| is_agent(&program)),
+            false => is_agent(&exe),
+        }
     });
     found
 }

@@ -5,7 +5,7 @@
 //! file that `KVM_CLONE_TEST_SKIPS` names; `tests/run` prints that file last. Under `CI=true` a
 //! skip is a failure.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
 
@@ -60,6 +60,19 @@ const VM_TOOLS: [&str; 14] = [
 pub fn vm_obstacle() -> Option<String> {
     let missing = || VM_TOOLS.iter().find(|tool| find_tool(tool).is_none());
     obstacle().or_else(|| missing().map(|tool| format!("{tool} is not installed")))
+}
+
+/// Why no host can be an aarch64 machine here, if so.
+#[must_use]
+pub fn emulation_obstacle() -> Option<String> {
+    let kernel = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let missing = || {
+        if find_tool("qemu-aarch64-static").is_none() {
+            return Some("qemu-aarch64-static is not installed");
+        }
+        (!kernel.contains("binfmt_misc")).then_some("this kernel has no binfmt_misc")
+    };
+    obstacle().or_else(|| missing().map(str::to_owned))
 }
 
 /// Why no disk can be recorded here, if so.

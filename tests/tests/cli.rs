@@ -115,7 +115,7 @@ fn the_version_is_the_workspaces() {
     let [release, protocol, agents] = lines[..] else {
         panic!("{long}");
     };
-    assert_eq!((release, protocol), (&own[..], "protocol 2 to 2"));
+    assert_eq!((release, protocol), (&own[..], "protocol 2 to 3"));
     let ours = format!("agents {} ", std::env::consts::ARCH);
     assert!(agents.starts_with(&ours), "{long}");
 }

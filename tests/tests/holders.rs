@@ -481,8 +481,16 @@ fn a_device_that_is_written_to_while_it_is_read_is_no_success() {
     let copy = lab.path("copy");
     let slow = ["--bandwidth-limit", "4M"];
     let running = lab.start_disk("sync", Journey::Direct, device.path(), &copy, &slow);
-    wait_for("the lock", PATIENCE, || {
-        is_held(device.path()).then_some(())
+    // Something of it has arrived, so that what it was before has been noted.
+    wait_for("what lies beside the copy", PATIENCE, || {
+        let names = fs::read_dir(lab.path(""))
+            .unwrap()
+            .map(|entry| entry.unwrap());
+        let mut arrived =
+            names.filter(|entry| entry.file_name().to_str().unwrap().starts_with(".copy"));
+        arrived
+            .any(|entry| image::data_bytes(&entry.path()) > 0)
+            .then_some(())
     });
     // It is still dirty in the page cache when the run ends: nobody syncs it, and closing does
     // not either while somebody else has the device open.

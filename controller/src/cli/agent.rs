@@ -146,7 +146,7 @@ fn absent() -> Agent {
 
 fn agents_text(answers: &[Answer<Agent>]) -> String {
     let mut table = output::table(&[
-        "HOST", "AGENT", "RELEASE", "PROTOCOL", "BYTES", "SIZE", "PATH",
+        "HOST", "AGENT", "RELEASE", "MACHINE", "PROTOCOL", "BYTES", "SIZE", "PATH",
     ]);
     let dash = || "-".to_owned();
     for Answer {
@@ -160,7 +160,7 @@ fn agents_text(answers: &[Answer<Agent>]) -> String {
                 .as_ref()
                 .map(|error| error.code.name().to_owned())
                 .unwrap_or_default();
-            table.add_row([host, "failed", &code, "-", "-", "-", "-"]);
+            table.add_row([host, "failed", &code, "-", "-", "-", "-", "-"]);
             continue;
         };
         let protocol = match (agent.protocol_min, agent.protocol_max) {
@@ -177,6 +177,7 @@ fn agents_text(answers: &[Answer<Agent>]) -> String {
             host.clone(),
             agent.state.to_owned(),
             agent.release.clone().unwrap_or_else(dash),
+            agent.architecture.clone().unwrap_or_else(dash),
             protocol,
             bytes.to_owned(),
             agent.size.map_or_else(dash, |size| {

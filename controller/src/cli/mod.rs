@@ -104,12 +104,9 @@ enum Command {
 fn long_version() -> String {
     let agents = agent_binary::for_all();
     let agents: Vec<String> = agents.iter().map(ToString::to_string).collect();
-    let versions = SUPPORTED;
     format!(
-        "{}\nprotocol {} to {}\nagents {}",
+        "{}\nprotocol {SUPPORTED}\nagents {}",
         env!("CARGO_PKG_VERSION"),
-        versions.min,
-        versions.max,
         agents.join(", ")
     )
 }

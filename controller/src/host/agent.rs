@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvm_clone_protocol::frame;
+use kvm_clone_protocol::frame::{self, FrameKind};
 use kvm_clone_protocol::message::{Alive, Control, Hello, Message, Welcome};
 use kvm_clone_protocol::preamble::{self, Preamble, PreambleError, SUPPORTED, Versions};
+use serde::Serialize;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::ChildStdin;
 use tokio::sync::mpsc;
@@ -40,6 +41,17 @@ pub struct AgentConnection {
     sender: AgentSender,
     receiver: AgentReceiver,
     about: About,
+}
+
+/// Which agent it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AgentBuild {
+    /// Of the workspace, such as `0.1.0`.
+    pub release: String,
+    /// What it is built for, as `uname -m` names it.
+    pub architecture: String,
+    /// The first 16 digits of its BLAKE3, as in the name of its file.
+    pub digest: String,
 }
 
 /// What is known about the agent.
@@ -178,9 +190,35 @@ impl AgentConnection {
     /// Sends a message.
     ///
     /// # Errors
-    /// Interrupted, when the connection is gone.
+    /// As [`AgentConnection::check_knows`]; interrupted, when the connection is gone.
     pub async fn send<M: Message>(&mut self, message: &M) -> Result<()> {
+        self.check_knows(M::KIND)?;
         self.sender.send(message).await
+    }
+
+    /// Makes sure that this kind of message is of the connection's protocol version.
+    ///
+    /// # Errors
+    /// Missing requirement, when the agent is too old for it.
+    pub fn check_knows(&self, kind: FrameKind) -> Result<()> {
+        let About {
+            host,
+            path,
+            welcome,
+            version,
+            ..
+        } = &self.about;
+        if kind.since() <= *version {
+            return Ok(());
+        }
+        let message = format!(
+            "the agent {} on {host} is of release {} and speaks protocol version {version}; this takes version {}",
+            path.display(),
+            welcome.release,
+            kind.since()
+        );
+        let hint = "run `kvm-clone-ctl agent install` for that host, or leave out --agent-path";
+        Err(Error::new(ErrorCode::MissingRequirement, message).hint(hint))
     }
 
     /// Waits for a message; as [`AgentReceiver::next`].
@@ -199,6 +237,21 @@ impl AgentConnection {
     /// What the agent said about itself.
     pub fn welcome(&self) -> &Welcome {
         &self.about.welcome
+    }
+
+    /// Which agent it is.
+    pub fn build(&self) -> AgentBuild {
+        let Welcome {
+            release,
+            arch,
+            agent_digest,
+            ..
+        } = &self.about.welcome;
+        AgentBuild {
+            release: release.clone(),
+            architecture: arch.clone(),
+            digest: agent_binary::short_digest(*agent_digest),
+        }
     }
 
     /// The protocol version of this connection.

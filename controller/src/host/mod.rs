@@ -37,7 +37,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 use tokio::sync::OnceCell;
 
-pub use agent::{AgentConnection, AgentReceiver, AgentSender};
+pub use agent::{AgentBuild, AgentConnection, AgentReceiver, AgentSender};
 pub use deploy::{Removed, Unwanted};
 pub use dial::Reach;
 pub use errand::Errand;

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::request::{MethodChoice, Request};
 use super::summary::Summary;
 use crate::error::Error;
+use crate::host::AgentBuild;
 
 /// How frames travelled between the agents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -120,6 +121,10 @@ pub struct TransferResult {
     pub first_difference: Option<u64>,
     /// Version of the protocol between the agents.
     pub protocol_version: Option<u16>,
+    /// Which agent read the source.
+    pub agent_source: Option<AgentBuild>,
+    /// Which agent wrote the destination.
+    pub agent_destination: Option<AgentBuild>,
     /// The contents, where both ends agreed on them.
     #[serde(skip)]
     pub summary: Option<Summary>,
@@ -167,6 +172,8 @@ impl TransferResult {
             dry_run: request.dry_run,
             first_difference: None,
             protocol_version: None,
+            agent_source: None,
+            agent_destination: None,
             summary: None,
         }
     }

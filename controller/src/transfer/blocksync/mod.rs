@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
 use kvm_clone_protocol::message::{
-    Access, ApplyChoice, Commit, Control, DiskKind, Open, Opened, Prepare, Preserve,
+    Access, ApplyChoice, Commit, Control, DiskKind, Message as _, Open, Opened, Prepare, Preserve,
 };
 use kvm_clone_protocol::units::{BLOCK_SIZE, Geometry};
 
@@ -83,7 +83,14 @@ async fn transfer(
     for agent in [&pair.source, &pair.destination] {
         jobs[0].result.warnings.extend_from_slice(agent.warnings());
     }
+    for job in &mut *jobs {
+        job.result.agent_source = Some(pair.source.build());
+        job.result.agent_destination = Some(pair.destination.build());
+    }
     let ships = request.operation == Operation::Sync && !request.dry_run;
+    if jobs.iter().any(|job| job.request.preserve.is_some()) {
+        pair.destination.check_knows(Preserve::KIND)?;
+    }
     let mut disks = Vec::new();
     for (at, job) in jobs.iter_mut().enumerate() {
         disks.push(open(pair, at, job).await.at(at)?);

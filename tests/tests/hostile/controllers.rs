@@ -216,6 +216,10 @@ fn what_does_not_open_a_control_connection_ends_the_agent() {
         .to_vec()
     };
     let good = || Preamble::of_this_build(SUPPORTED).encode().to_vec();
+    let preserve = Preserve {
+        disk: 0,
+        path: b"/delta".to_vec(),
+    };
     let then = |frame: Vec<u8>| [good(), frame].concat();
     let stories: Vec<Story> = vec![
         ("nothing", LinkLost, Vec::new()),
@@ -245,6 +249,11 @@ fn what_does_not_open_a_control_connection_ends_the_agent() {
             then(message(&Commit { disks: vec![0] })),
         ),
         ("a sign of life first", Protocol, then(message(&Alive {}))),
+        (
+            "a request of a newer version",
+            Protocol,
+            [versions(2, 2), hello(2), message(&preserve)].concat(),
+        ),
         ("half a hello", LinkLost, then(hello(2)[..5].to_vec())),
         ("no frame", Protocol, then(head(u32::MAX, 1, 0, 0))),
     ];

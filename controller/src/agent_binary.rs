@@ -39,14 +39,15 @@ include!(concat!(env!("OUT_DIR"), "/agents.rs"));
 /// Takes the executable in this file for the agent of its machine.
 ///
 /// # Errors
-/// Usage, when it is no executable for a machine that has agents; or it cannot be read.
+/// Usage, when it cannot be read, or is no executable for a machine that has agents.
 pub fn give(path: &Path) -> Result<()> {
     let shown = path.display();
-    let bytes =
-        std::fs::read(path).map_err(|error| Error::io(format!("reading {shown}"), error))?;
+    let bytes = std::fs::read(path).map_err(|error| {
+        Error::usage(format!("--agent {shown} cannot be read")).caused_by(error)
+    })?;
     let machine = machine_of(&bytes).ok_or_else(|| {
         Error::usage(format!(
-            "{shown} is no program for Linux on x86_64 or aarch64"
+            "--agent {shown} is no program for Linux on x86_64 or aarch64"
         ))
         .hint("give the file of a kvm-clone-agent")
     })?;
@@ -91,7 +92,7 @@ pub fn for_machine(host: &str, machine: &str) -> Result<&'static Agent> {
         let known: Vec<&str> = for_all().iter().map(|agent| agent.machine).collect();
         let known = known.join(" and ");
         let message = format!(
-            "{host} is a {machine} machine, and this program carries an agent for {known} only"
+            "{host} is of machine {machine}, and this program carries an agent for {known} only"
         );
         let hint = match MACHINES.iter().any(|(_, known)| *known == name) {
             true => "take the program as it is distributed, which carries both, or give it one with --agent",

@@ -55,6 +55,8 @@ fn build(name: &str, feature: &str, carries: Option<&Path>) -> PathBuf {
         .args(["--features", feature, "--bin", name])
         .args(["--profile", profile, "--target-dir"])
         .arg(target);
+    // It has no other agent than this one.
+    cargo.env_remove("KVM_CLONE_AGENT_AARCH64");
     if let Some(agent) = carries {
         let machine = std::env::consts::ARCH.to_uppercase();
         cargo.env(format!("KVM_CLONE_AGENT_{machine}"), agent);

@@ -5,11 +5,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::fs;
+
+use kvm_clone_tests::controller::Controller;
 use kvm_clone_tests::host::Machine;
 use kvm_clone_tests::image::{self, BLOCK, MIB, Piece};
 use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
+use kvm_clone_tests::older;
 use kvm_clone_tests::skip::{emulation_obstacle, skip};
 
 /// Bytes by which two runs of the same may differ: how often the receiver gives credit, and of how many
@@ -113,6 +117,62 @@ fn each_machine_gets_its_agent_and_the_same_travels_between_all_kinds() {
         assert!(
             carried.iter().zip(&own).all(alike),
             "{machines:?}: {carried:?}, {own:?}"
+        );
+    }
+}
+
+#[test]
+fn a_machine_whose_agent_is_not_carried_is_named_until_it_is_given() {
+    if let Some(reason) = emulation_obstacle() {
+        skip(&reason);
+        return;
+    }
+    let Some(spec) = LabSpec::new() else { return };
+    let lab = spec.host_b(|spec| spec.machine(Machine::Aarch64)).start();
+    let config = lab.controller.ssh_config().to_owned();
+    let single = Controller::new(lab.path("single"), config).program(older::controller());
+    let run = single.run(["agent", "deploy", "hvB"]);
+    run.expect_code(8);
+    let error = &run.json()["hosts"][0]["error"];
+    assert_eq!(error["code"], "missing_requirement", "{run}");
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.contains("hvB is of machine aarch64") && message.contains("x86_64 only"),
+        "{run}"
+    );
+    assert!(error["hint"].as_str().unwrap().contains("--agent"), "{run}");
+
+    let agents = lab.controller.run(["agent", "deploy", "hvB"]).expect_json();
+    let path = agents["hosts"][0]["path"].as_str().unwrap();
+    let given = lab.path("given");
+    fs::copy(
+        lab.b.home().join(path.strip_prefix("/root/").unwrap()),
+        &given,
+    )
+    .unwrap();
+    let run = single.run([
+        "agent".as_ref(),
+        "deploy".as_ref(),
+        "hvB".as_ref(),
+        "--agent".as_ref(),
+        given.as_os_str(),
+    ]);
+    let agent = &run.expect_json()["hosts"][0];
+    assert_eq!(
+        (&agent["state"], &agent["digest_matches"]),
+        (&"found".into(), &true.into()),
+        "{run}"
+    );
+
+    for (file, says) in [
+        ("/no-such-agent", "cannot be read"),
+        ("/etc/passwd", "is no program for Linux"),
+    ] {
+        let run = single.run(["agent", "status", "hvA", "--agent", file]);
+        run.expect_code(2);
+        assert!(
+            run.stderr.contains(&format!("--agent {file} {says}")),
+            "{run}"
         );
     }
 }

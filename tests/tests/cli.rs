@@ -183,6 +183,29 @@ fn completions_and_the_manual_are_printed() {
 }
 
 #[test]
+fn the_manual_has_a_page_for_each_command() {
+    let (controller, directory) = controller();
+    let pages = directory.path().join("man1");
+    let write = || controller.run_plain(["man", "--directory", pages.to_str().unwrap()]);
+    write().expect_code(1);
+    std::fs::create_dir(&pages).unwrap();
+    write().expect_code(0);
+    for command in COMMANDS {
+        let page = pages.join(format!("kvm-clone-ctl-{command}.1"));
+        let page = std::fs::read_to_string(page).unwrap();
+        assert!(
+            page.contains(&format!(".TH kvm-clone-ctl-{command} 1")),
+            "{page}"
+        );
+    }
+    for page in ["kvm-clone-ctl.1", "kvm-clone-ctl-replicate-run.1"] {
+        assert!(pages.join(page).is_file(), "{page}");
+    }
+    let args = ["man", "--directory", "/tmp", "disk", "sync"];
+    controller.run_plain(args).expect_code(2);
+}
+
+#[test]
 fn a_setting_is_kept_shown_and_taken_back() {
     let (controller, _directory) = controller();
     controller.run_plain(["config", "init"]).expect_code(0);

@@ -16,6 +16,7 @@ mod vm;
 
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -94,6 +95,9 @@ enum Command {
     },
     /// Print the manual page, of this program or of one command
     Man {
+        /// Write the pages of all commands into this directory, such as /usr/local/share/man/man1
+        #[arg(long, value_name = "DIRECTORY", conflicts_with = "command")]
+        directory: Option<PathBuf>,
         /// Command, such as: disk sync
         #[arg(value_name = "COMMAND")]
         command: Vec<String>,
@@ -228,7 +232,12 @@ fn try_main(args: impl Iterator<Item = OsString>) -> Result<(), End> {
     logging::start(&globals);
     match command {
         Command::Completions { shell } => return Ok(completions(shell)?),
-        Command::Man { command } => return Ok(manual(&command)?),
+        Command::Man { directory, command } => {
+            return Ok(match directory {
+                Some(directory) => manuals(&directory)?,
+                None => manual(&command)?,
+            });
+        }
         _ => {}
     }
     let config_file = ConfigFile::locate(globals.config.as_deref())?;
@@ -391,6 +400,13 @@ fn manual(path: &[String]) -> Result<()> {
         .render(&mut page)
         .map_err(|error| Error::io("writing the manual page", error))?;
     output::to_stdout(page)
+}
+
+fn manuals(directory: &Path) -> Result<()> {
+    clap_mangen::generate_to(Cli::command(), directory).map_err(|error| {
+        let message = format!("writing manual pages into {}", directory.display());
+        Error::io(message, error)
+    })
 }
 
 #[cfg(test)]

@@ -100,9 +100,9 @@ fn listed(tarball: &Path) -> BTreeSet<String> {
 /// Of what is promised, a file of each kind, below the prefix of an installation.
 const PROMISED: [&str; 17] = [
     "bin/kvm-clone-ctl",
-    "share/man/man1/kvm-clone-ctl.1",
-    "share/man/man1/kvm-clone-ctl-disk-sync.1",
-    "share/man/man1/kvm-clone-ctl-replicate-daemon.1",
+    "share/man/man1/kvm-clone-ctl.1.gz",
+    "share/man/man1/kvm-clone-ctl-disk-sync.1.gz",
+    "share/man/man1/kvm-clone-ctl-replicate-daemon.1.gz",
     "share/bash-completion/completions/kvm-clone-ctl",
     "share/zsh/site-functions/_kvm-clone-ctl",
     "share/fish/vendor_completions.d/kvm-clone-ctl.fish",

@@ -233,10 +233,8 @@ fn try_main(args: impl Iterator<Item = OsString>) -> Result<(), End> {
     match command {
         Command::Completions { shell } => return Ok(completions(shell)?),
         Command::Man { directory, command } => {
-            return Ok(match directory {
-                Some(directory) => manuals(&directory)?,
-                None => manual(&command)?,
-            });
+            let written = directory.map_or_else(|| manual(&command), |into| manuals(&into));
+            return Ok(written?);
         }
         _ => {}
     }

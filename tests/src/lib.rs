@@ -10,6 +10,7 @@
 //!
 //! For whole VMs there is [`hypervisor::Site`]: two hosts with libvirt, in networks of their own, and
 //! [`replication`] with a policy from the one to the other.
+//! [`desk`] is where the commands of the [`pages`] for people are typed.
 //! For power cuts there is [`recorded`]: a disk that remembers its writes.
 //! [`campaign`] kills processes of a run, over and over.
 //!
@@ -23,6 +24,7 @@
 pub mod campaign;
 pub mod confined;
 pub mod controller;
+pub mod desk;
 pub mod host;
 pub mod hostile;
 pub mod hypervisor;
@@ -35,6 +37,7 @@ pub mod nbd;
 pub mod network;
 pub mod older;
 pub mod outcome;
+pub mod pages;
 pub mod process;
 pub mod recorded;
 pub mod replication;

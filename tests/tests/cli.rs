@@ -266,31 +266,3 @@ fn a_setting_is_what_a_run_takes_when_nothing_is_said() {
         .expect_code(0);
     assert!(wire() < 80_000);
 }
-
-#[test]
-fn every_command_and_option_in_the_readme_exists() {
-    let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
-    let readme = std::fs::read_to_string(readme).unwrap();
-    let commands = readme
-        .lines()
-        .filter_map(|line| line.strip_prefix("$ kvm-clone-ctl "));
-    let mut seen = 0;
-    for line in commands {
-        let is_name = |word: &&str| COMMANDS.contains(word) || word.chars().all(char::is_lowercase);
-        let names = line.split_whitespace().take_while(is_name).take(2);
-        // An argument such as `bash` may look like a name; help is the same with it.
-        let args: Vec<_> = names.chain(["--help"]).collect();
-        let help = run(&args).expect_code(0).text();
-        for option in line
-            .split_whitespace()
-            .filter(|word| word.starts_with("--"))
-        {
-            assert!(
-                help.contains(option),
-                "{option} of {line:?} is not in {help}"
-            );
-        }
-        seen += 1;
-    }
-    assert!(seen > 3, "the README shows {seen} commands");
-}

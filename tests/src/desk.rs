@@ -101,6 +101,16 @@ impl Desk {
         for host in [&site.a, &site.b] {
             let off = "/tmp/virsh.real $(echo \"$*\" | sed s/shutdown/destroy/); exit";
             host.instead("virsh", "*shutdown*", off);
+            // Where "agent install" puts an agent is the machine's otherwise.
+            host.run(&[
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                "mode=755",
+                "none",
+                "/usr/local/lib",
+            ]);
         }
         let runs = Cell::new(0);
         Some(Self {
@@ -153,22 +163,21 @@ impl Desk {
         host.run(&["sh", "-c", &again]);
     }
 
-    /// Does what a page says, in order, with nothing of another page there.
+    /// Does what a page says, in order, with nothing of another page there, and tells how long each
+    /// command took.
     ///
     /// # Panics
     /// When something turns out otherwise than the page says.
-    pub fn follow(&self, page: &Page) {
-        let begun = Instant::now();
+    pub fn follow(&self, page: &Page, tell: &dyn Fn(&str)) {
         self.tidy();
         for block in &page.blocks {
             if block.run_by().is_none() {
-                self.try_block(&page.name, block);
+                self.try_block(&page.name, block, tell);
             }
         }
-        println!("{}: {:.0} s", page.name, begun.elapsed().as_secs_f64());
     }
 
-    fn try_block(&self, page: &str, block: &Block) {
+    fn try_block(&self, page: &str, block: &Block, tell: &dyn Fn(&str)) {
         let at = format!("{page}:{}", block.line);
         let (mut code, mut until, mut words) = (0, None, Vec::new());
         for note in &block.notes {
@@ -204,7 +213,7 @@ impl Desk {
                 _ => self.run(&command),
             };
             let took = begun.elapsed().as_secs_f64();
-            println!("{at}: {took:.1} s: {}", command.text);
+            tell(&format!("{at}: {took:.1} s: {}", command.text));
             let wanted = if is_last { code } else { 0 };
             expect(&at, &command, &ended, wanted);
             let printed: Vec<String> = ended.stdout.lines().map(shape).collect();

@@ -1,11 +1,16 @@
 //! The pages for people: each command that they show is run, and each link leads somewhere.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and tells what takes its time"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 use kvm_clone_tests::controller::Controller;
 use kvm_clone_tests::desk::Desk;
@@ -36,10 +41,14 @@ fn follow(kinds: [Kind; 2], names: &[&str]) -> Option<Desk> {
         kinds,
         ..SiteSpec::default()
     };
+    let begun = Instant::now();
+    let took = |what: &str| println!("{:.0} s: {what}", begun.elapsed().as_secs_f64());
     let desk = Desk::start(&spec)?;
+    took("the desk is set up");
     let only = std::env::var("KVM_CLONE_PAGE").unwrap_or_default();
     for name in names.iter().filter(|name| name.contains(&only)) {
-        desk.follow(&pages::read(name));
+        desk.follow(&pages::read(name), &|told| println!("{told}"));
+        took(name);
     }
     Some(desk)
 }

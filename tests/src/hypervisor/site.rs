@@ -582,6 +582,10 @@ fn prepare(name: &str, directory: &Path) {
 }
 
 /// What becomes sshd: everything before is only seen by the host.
+///
+/// VMs are emulated. Where /dev/kvm is root's alone libvirt finds that QEMU has KVM, as root, and that
+/// it may not use it, as another user, and does not keep what it has asked for: it would ask QEMU anew
+/// for each definition, which takes seconds.
 fn setup_script(name: &str, directory: &Path) -> String {
     // The site chooses its directory, so the path is plain.
     let at = directory.display();
@@ -608,6 +612,7 @@ fn setup_script(name: &str, directory: &Path) -> String {
         script,
         "cp {at}/network.xml /tmp/network.xml\n\
          mount -t tmpfs -o mode=755 none /run\nmkdir -p /run/sshd /run/lock /run/libvirt\n\
+         : >/run/no-kvm; chmod 0 /run/no-kvm; test ! -e /dev/kvm || mount --bind /run/no-kvm /dev/kvm\n\
          chmod 711 /var/lib/libvirt /var/lib/libvirt/images\n\
          chown -R libvirt-qemu:libvirt-qemu /var/lib/libvirt/qemu\n\
          chown tss:tss /var/lib/swtpm-localca || :\n\

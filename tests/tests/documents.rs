@@ -214,15 +214,78 @@ impl Helps {
     }
 }
 
+impl Helps {
+    fn new(directory: &Path) -> Self {
+        let config = directory.join("ssh_config");
+        fs::write(&config, "").unwrap();
+        Self {
+            controller: Controller::new(directory.join("home"), config),
+            texts: BTreeMap::new(),
+        }
+    }
+
+    /// Those of all commands.
+    fn all(&mut self) -> String {
+        let mut all = String::new();
+        let mut pending: Vec<Vec<String>> = vec![vec![]];
+        while let Some(path) = pending.pop() {
+            let words: Vec<&str> = path.iter().map(String::as_str).collect();
+            let help = self.of(&words).to_owned();
+            let commands = help
+                .split_once("\nCommands:\n")
+                .map_or("", |(_, rest)| rest);
+            let commands = commands.lines().take_while(|line| !line.trim().is_empty());
+            let names = commands.filter(|line| !line.starts_with("   "));
+            let names = names.filter_map(|line| line.split_whitespace().next());
+            for name in names.filter(|name| *name != "help") {
+                pending.push([path.clone(), vec![name.to_owned()]].concat());
+            }
+            all += &help;
+        }
+        all
+    }
+}
+
+/// Options in the text of pages that are of other programs: of our agent, of virsh, and of rsync.
+const OF_OTHERS: [&str; 8] = [
+    "--allow",
+    "--dial",
+    "--fsync",
+    "--ignore-times",
+    "--inplace",
+    "--read-only",
+    "--version",
+    "--write-only",
+];
+
+#[test]
+fn every_option_of_which_a_page_speaks_exists() {
+    let directory = tempfile::tempdir().unwrap();
+    let help = Helps::new(directory.path()).all();
+    let known = |option: &str| OF_OTHERS.contains(&option) || help.contains(option);
+    let mut seen = 0;
+    for page in pages::all() {
+        let of_ours = page.name.starts_with("controller/doc") || !page.name.contains('/');
+        let of_others = ["comparison.md", "CONTRIBUTING.md", "ARCHITECTURE.md"];
+        if !of_ours || of_others.iter().any(|name| page.name.ends_with(name)) {
+            continue;
+        }
+        for (line, text) in &page.prose {
+            let code = text.split('`').skip(1).step_by(2);
+            let words = code.flat_map(|code| code.split([' ', '=', '[', ']']));
+            for option in words.filter(|word| word.starts_with("--")) {
+                assert!(known(option), "{}:{line}: {option}", page.name);
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 100, "the pages speak of {seen} options");
+}
+
 #[test]
 fn every_command_and_option_in_a_page_exists() {
     let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("ssh_config");
-    fs::write(&config, "").unwrap();
-    let mut helps = Helps {
-        controller: Controller::new(directory.path().join("home"), config),
-        texts: BTreeMap::new(),
-    };
+    let mut helps = Helps::new(directory.path());
     let mut seen = 0;
     for page in pages::all() {
         for step in page.blocks.iter().flat_map(pages::Block::steps) {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -259,7 +259,8 @@ impl Desk {
         }
     }
 
-    /// Runs a command that waits for Ctrl-C, which it gets once the condition holds.
+    /// Runs a command that waits for Ctrl-C, which it gets once the condition holds: it alone, not as
+    /// from a terminal also what it has started.
     fn interrupt(&self, at: &str, command: &Typed, condition: &Typed) -> Ended {
         assert_eq!(command.place, Place::Desk, "{at}: Ctrl-C is for the desk");
         // Without a shell that would hear it as well.
@@ -270,7 +271,7 @@ impl Desk {
         };
         wait_for(&format!("{at}: {}", condition.text), LIMIT, holds);
         // It may have ended by itself, which is found out below.
-        let _ = killpg(group(&started.child), Signal::SIGINT);
+        let _ = kill(id(&started.child), Signal::SIGINT);
         wait(started)
     }
 
@@ -289,7 +290,7 @@ impl Desk {
         let create = |path: &Path| File::create(path).expect("the desk is writable");
         command.stdin(Stdio::null());
         command.stdout(create(&stdout)).stderr(create(&stderr));
-        // Ctrl-C goes to all of them.
+        // So that one that hangs can be ended with all that it has started.
         command.process_group(0);
         Started {
             child: command.spawn().expect("unshare is installed"),
@@ -349,7 +350,7 @@ fn wait(started: Started) -> Ended {
         }
         if Instant::now() > deadline {
             // Then it ends without a code.
-            let _ = killpg(group(&child), Signal::SIGKILL);
+            let _ = killpg(id(&child), Signal::SIGKILL);
         }
         std::thread::sleep(Duration::from_millis(10));
     };
@@ -364,7 +365,7 @@ fn wait(started: Started) -> Ended {
     }
 }
 
-fn group(child: &Child) -> Pid {
+fn id(child: &Child) -> Pid {
     Pid::from_raw(i32::try_from(child.id()).expect("process ids are small"))
 }
 

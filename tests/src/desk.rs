@@ -184,7 +184,12 @@ impl Desk {
             match note {
                 Note::Exit(wanted) => code = *wanted,
                 Note::Until(command) => until = Some(command),
-                Note::First(command) => drop(self.succeed(&at, command)),
+                Note::First(command) => {
+                    let begun = Instant::now();
+                    self.succeed(&at, command);
+                    let took = begun.elapsed().as_secs_f64();
+                    tell(&format!("{at}: first: {took:.1} s: {}", command.text));
+                }
                 Note::With(word, command) => {
                     let printed = self.succeed(&at, command);
                     words.push((word, printed.trim().to_owned()));

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use kvm_clone_tests::controller::Controller;
 use kvm_clone_tests::desk::Desk;
-use kvm_clone_tests::hypervisor::{SiteSpec, alone};
+use kvm_clone_tests::hypervisor::SiteSpec;
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::pages::{self, Page, root};
 
@@ -55,13 +55,11 @@ fn follow(kinds: [Kind; 2], names: &[&str]) -> Option<Desk> {
 
 #[test]
 fn the_pages_on_copying_can_be_followed() {
-    let _alone = alone();
     follow([Kind::Xfs, Kind::Xfs], &COPYING);
 }
 
 #[test]
 fn the_pages_on_replication_can_be_followed_and_the_unit_is_what_systemd_takes() {
-    let _alone = alone();
     let Some(desk) = follow([Kind::Ext4, Kind::Xfs], &REPLICATING) else {
         return;
     };
@@ -70,7 +68,11 @@ fn the_pages_on_replication_can_be_followed_and_the_unit_is_what_systemd_takes()
         .iter()
         .filter_map(|words| words.strip_prefix("enable --now "));
     let units: Vec<_> = units.map(|unit| desk.unit(unit)).collect();
-    assert!(!units.is_empty(), "{told:?}");
+    if units.is_empty() {
+        // Only another page was asked for.
+        assert!(std::env::var_os("KVM_CLONE_PAGE").is_some(), "{told:?}");
+        return;
+    }
     let mut verify = Command::new("systemd-analyze");
     verify.args(["verify", "--man=no", "--recursive-errors=no"]);
     let said = verify

@@ -79,7 +79,7 @@ impl Desk {
         let directory =
             TempDir::with_prefix_in("desk-", lab::base()).expect("root may make directories");
         let at = |name: &str| directory.path().join(name);
-        for name in OWN.iter().map(|(name, _)| *name).chain(["bin"]) {
+        for name in OWN.iter().map(|(name, _)| *name).chain(["bin", "service"]) {
             fs::create_dir(at(name)).expect("the desk is writable");
         }
         fs::write(at("bin/kvm-clone-ctl"), "").expect("the desk is writable");
@@ -142,6 +142,9 @@ impl Desk {
                 removed.expect("the desk is writable");
             }
         }
+        let service = self.file("service");
+        fs::remove_dir_all(&service).expect("the desk is writable");
+        fs::create_dir(&service).expect("the desk is writable");
         self.define("web", "qcow2");
         self.define("db", "raw");
     }
@@ -314,6 +317,12 @@ impl Desk {
         for (name, place) in OWN {
             let _ = writeln!(script, "mkdir -p {place}; mount --bind {at}/{name} {place}");
         }
+        // What a service of the machine has written, if it has one.
+        let service = "/var/lib/kvm-clone-ctl";
+        let _ = writeln!(
+            script,
+            "test ! -d {service} || mount --bind {at}/service {service}"
+        );
         let home = self.site.controller.home().display();
         let _ = write!(
             script,

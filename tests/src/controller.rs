@@ -2,12 +2,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -105,6 +106,8 @@ impl Controller {
         let mut command = self.command(&self.program);
         command.args(args);
         command.stdout(create(&stdout)).stderr(create(&stderr));
+        // As a shell starts what it is told.
+        command.process_group(0);
         let child = command.spawn().expect("the controller can be executed");
         let arguments = format!("{:?}", command.get_args().collect::<Vec<_>>());
         Running {
@@ -195,6 +198,15 @@ impl Running {
     pub fn signal(&self, signal: Signal) {
         let id = i32::try_from(self.child.id()).expect("process ids are small");
         kill(Pid::from_raw(id), signal).expect("the controller still runs");
+    }
+
+    /// Ctrl-C: a terminal sends it to the program and to what that has started.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn interrupt(&self) {
+        let id = i32::try_from(self.child.id()).expect("process ids are small");
+        killpg(Pid::from_raw(id), Signal::SIGINT).expect("the controller still runs");
     }
 
     /// Waits for its end.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -267,8 +267,8 @@ impl Desk {
         }
     }
 
-    /// Runs a command that waits for Ctrl-C, which it gets once the condition holds: it alone, not as
-    /// from a terminal also what it has started.
+    /// Runs a command that waits for Ctrl-C, which it gets once the condition holds, and as from a
+    /// terminal what it has started gets it too.
     fn interrupt(&self, at: &str, command: &Typed, condition: &Typed) -> Ended {
         assert_eq!(command.place, Place::Desk, "{at}: Ctrl-C is for the desk");
         // Without a shell that would hear it as well.
@@ -279,7 +279,7 @@ impl Desk {
         };
         wait_for(&format!("{at}: {}", condition.text), LIMIT, holds);
         // It may have ended by itself, which is found out below.
-        let _ = kill(id(&started.child), Signal::SIGINT);
+        let _ = killpg(id(&started.child), Signal::SIGINT);
         wait(started)
     }
 

@@ -18,7 +18,6 @@ use kvm_clone_tests::process::{tool, wait_for};
 use kvm_clone_tests::skip::{find_tool, skip};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use nix::sys::signal::Signal;
 
 const SIZE: u64 = 4 * MIB;
 
@@ -241,7 +240,7 @@ impl<'a> Slow<'a> {
 
     fn interrupt(mut self) {
         assert!(self.running.is_alive() && self.holds_both());
-        self.running.signal(Signal::SIGINT);
+        self.running.interrupt();
         assert!(self.running.wait().is_interrupted());
         wait_for("the end of the agents", PATIENCE, || {
             (!is_held(self.source) && !is_held(self.destination)).then_some(())

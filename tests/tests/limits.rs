@@ -134,7 +134,7 @@ fn ctrl_c_stops_it_and_the_next_run_takes_it_up(by: Journey) {
         return;
     };
     let running = started(&lab, by, &source, &copy);
-    running.signal(Signal::SIGINT);
+    running.interrupt();
     let run = running.wait();
     assert!(run.is_interrupted(), "{run}");
     let result = run.json();
@@ -225,7 +225,7 @@ fn an_interrupted_run_leaves_an_existing_disk_as_it_was_and_the_next_takes_it_up
         let copy = directory.join("copy");
         image::write(&copy, &[Piece::Random(9, 64 * MIB)]);
         let running = started(&lab, by, &source, &copy);
-        running.signal(Signal::SIGINT);
+        running.interrupt();
         assert!(running.wait().is_interrupted());
         image::assert_equal(&old, &copy);
         next_run_takes_it_up(&lab, by, &source, &copy);

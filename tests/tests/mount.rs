@@ -85,7 +85,7 @@ fn files_of_an_older_point_are_read_on_its_host_until_somebody_says_stop() {
             _ => "is there already",
         };
         assert!(again.stderr.contains(why), "{again}");
-        running.signal(Signal::SIGINT);
+        running.interrupt();
         let ended = running.wait();
         ended.expect_code(0);
         let said = ended.json();

@@ -11,7 +11,6 @@ use kvm_clone_tests::journey::Journey;
 use kvm_clone_tests::lab::{Lab, LabSpec};
 use kvm_clone_tests::mount::Kind;
 use kvm_clone_tests::process::{arguments, processes_in, tool, wait_for};
-use nix::sys::signal::Signal;
 
 /// The limit of the tests: `40M`, in bytes a second.
 const RATE: f64 = 40e6;
@@ -102,7 +101,7 @@ fn who_waits_for_a_limit_can_be_stopped() {
     // A block a minute.
     let running = begun(&lab, MIB, &["--read-limit", "1K"]);
     let since = Instant::now();
-    running.signal(Signal::SIGINT);
+    running.interrupt();
     let run = running.wait();
     assert!(run.is_interrupted(), "{run}");
     lab.wait_until_quiet();

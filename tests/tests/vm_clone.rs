@@ -344,7 +344,7 @@ fn a_clone_that_is_stopped_by_the_user_removes_what_it_made() {
             std::time::Duration::from_secs(60),
             appeared,
         );
-        running.signal(nix::sys::signal::Signal::SIGINT);
+        running.interrupt();
         let run = running.wait();
         run.expect_failure(130, &["cancelled"], "stopped by the user");
         assert_eq!(site.b.image_names().len(), left, "{run}");

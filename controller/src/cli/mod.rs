@@ -267,7 +267,7 @@ async fn run(app: &App, command: Command) -> Result<()> {
         Command::Clone(args) => vm::clone(app, *args).await,
         Command::Sync(args) => vm::sync(app, *args).await,
         Command::Verify(args) => vm::verify(app, *args).await,
-        Command::Disk(command) => disk::run(app, command).await,
+        Command::Disk(command) => Box::pin(disk::run(app, command)).await,
         Command::Demo { host } => demo::run(app, host).await,
         Command::Replicate(command) => replicate::run(app, command).await,
         Command::List(args) => until_cancelled(app, list::run(app, args)).await,

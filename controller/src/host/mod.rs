@@ -193,10 +193,8 @@ impl Host {
     /// As [`Host::resolved`].
     pub async fn command(&self, script: &str) -> Result<Command> {
         let socket = self.socket();
-        let sharing = socket
-            .as_deref()
-            .map_or(Sharing::Alone, |socket| Sharing::Channel(socket.path()));
-        Ok(ssh::shielded(&self.script_argv(script, sharing).await?))
+        let sharing = sharing(socket.as_deref());
+        Ok(sharing.shielded(&self.script_argv(script, sharing).await?))
     }
 
     /// The command that becomes the control connection, and where it will listen. Where a shared
@@ -207,15 +205,18 @@ impl Host {
             return self.command(script).await;
         }
         let socket = ControlSocket::new()?;
-        let argv = self
-            .script_argv(script, Sharing::Master(socket.path()))
-            .await?;
+        let sharing = Sharing::Master(socket.path());
+        let command = sharing.shielded(&self.script_argv(script, sharing).await?);
         self.sockets().push(Arc::new(socket));
-        Ok(ssh::shielded(&argv))
+        Ok(command)
     }
 
     fn socket(&self) -> Option<Arc<ControlSocket>> {
         self.sockets().last().cloned()
+    }
+
+    fn channel(&self, way: Attach) -> Option<Arc<ControlSocket>> {
+        self.socket().filter(|_| way == Attach::Channel)
     }
 
     fn sockets(&self) -> MutexGuard<'_, Vec<Arc<ControlSocket>>> {
@@ -261,11 +262,8 @@ impl Host {
                 .map(|word| OsString::from_vec(word.to_vec()))
                 .collect());
         };
-        let socket = self.socket().filter(|_| way == Attach::Channel);
-        let sharing = socket
-            .as_deref()
-            .map_or(Sharing::Alone, |socket| Sharing::Channel(socket.path()));
-        let mut argv = self.ssh_argv(target, sharing).await?;
+        let socket = self.channel(way);
+        let mut argv = self.ssh_argv(target, sharing(socket.as_deref())).await?;
         let mut remote = OsString::from("exec ");
         remote.push(quote::command(words)?);
         argv.push(remote);
@@ -282,7 +280,9 @@ impl Host {
         name: &str,
         way: Attach,
     ) -> Result<Command> {
-        let mut command = ssh::shielded(&self.attach_argv(agent, name, way).await?);
+        let argv = self.attach_argv(agent, name, way).await?;
+        let socket = self.channel(way);
+        let mut command = sharing(socket.as_deref()).shielded(&argv);
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -401,4 +401,8 @@ fn lines_after(bytes: &[u8], marker: &[u8]) -> Vec<String> {
         rest = &rest[end..];
     }
     lines
+}
+/// Over the connection that listens there, if one does.
+fn sharing(socket: Option<&ControlSocket>) -> Sharing<'_> {
+    socket.map_or(Sharing::Alone, |socket| Sharing::Channel(socket.path()))
 }

@@ -108,7 +108,14 @@ impl SshOptions {
                 argv.push(socket.into());
             }
             Sharing::Channel(socket) => {
-                argv.extend(words(["-o", "ControlMaster=no", "-S"]));
+                // It has nothing to ask for, and must not: see [`Sharing::shielded`].
+                argv.extend(words([
+                    "-o",
+                    "BatchMode=yes",
+                    "-o",
+                    "ControlMaster=no",
+                    "-S",
+                ]));
                 argv.push(socket.into());
             }
             Sharing::Alone => {
@@ -268,16 +275,23 @@ fn words<'a>(words: impl IntoIterator<Item = &'a str>) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
 }
 
-/// Wraps a command so that Ctrl-C, which a terminal sends to every process in the foreground, does
-/// not end it: this program is told too, stops the agents in order, and ends its children itself.
-/// They must stay in the foreground, where ssh can ask for a passphrase.
-pub(super) fn shielded(argv: &[OsString]) -> Command {
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", r#"trap "" INT; exec "$@""#, "sh"])
-        .args(argv)
-        .kill_on_drop(true);
-    command
+impl Sharing<'_> {
+    /// Wraps a command so that Ctrl-C, which a terminal sends to every process in the foreground, does
+    /// not end it: this program is told too, stops the agents in order, and ends its children itself.
+    ///
+    /// ssh stays in the foreground, where it can ask for a passphrase, and ignores what was ignored
+    /// before. As a channel of another connection it does not, and leaves the foreground.
+    pub(super) fn shielded(self, argv: &[OsString]) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", r#"trap "" INT; exec "$@""#, "sh"])
+            .args(argv)
+            .kill_on_drop(true);
+        if matches!(self, Self::Channel(_)) {
+            command.process_group(0);
+        }
+        command
+    }
 }
 
 /// Where a control connection listens. Gone when dropped, however ssh ended.

@@ -15,6 +15,9 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::libvirt::Hypervisor;
 use crate::transfer::{Context, LiveRead, Operation, Options, TransferResult};
 
+/// How many differences of two definitions an error names.
+const MOST_SHOWN: usize = 5;
+
 /// What is compared, and how.
 #[derive(Debug, Clone)]
 pub struct VerifyRequest {
@@ -114,16 +117,27 @@ async fn verify(
     let disks = live::let_end(theirs, disks).await;
     let disks = live::let_end(ours, disks).await;
     let alike = differences.is_empty();
+    let shown = shown(&differences);
     result.definition_differences = Some(differences);
     disks?;
     if alike {
         return Ok(());
     }
     let message = format!(
-        "the disks are equal, and the definitions of {} and {name} differ",
+        "the disks are equal, and the definitions of {} and {name} differ: {shown}",
         source.name()
     );
     Err(Error::new(ErrorCode::Mismatch, message))
+}
+
+/// Differences in a sentence, which the last of many do not become.
+fn shown(differences: &[String]) -> String {
+    let rest = differences.len().saturating_sub(MOST_SHOWN);
+    let mut shown = differences[..differences.len() - rest].join("; ");
+    if rest > 0 {
+        shown += &format!("; and {rest} more, which `-o json` lists");
+    }
+    shown
 }
 
 /// Compares all disks. The first difference is the error.

@@ -98,12 +98,12 @@ fn collect(node: Node<'_, '_>, path: &str, plain: &str, facts: &mut BTreeMap<Str
         }
         let count = counts.entry(name).or_default();
         *count += 1;
-        collect(
-            child,
-            &join(path, &format!("{name}[{count}]")),
-            &inner,
-            facts,
-        );
+        let named = match (name, child.attribute("type"), child.attribute("index")) {
+            // libvirt puts those that it adds where it likes.
+            ("controller", Some(kind), Some(index)) => format!("{name}[{kind} {index}]"),
+            _ => format!("{name}[{count}]"),
+        };
+        collect(child, &join(path, &named), &inner, facts);
     }
 }
 

@@ -286,6 +286,24 @@ fn what_differs_is_named_and_what_makes_another_vm_does_not_count() {
         .find(|(name, _)| name == "uefi-nvram")
         .unwrap();
     let here = Definition::parse(text.clone()).unwrap();
+    let controllers = [
+        "<controller type='usb' index='0'/>",
+        "<controller type='scsi' index='0'/>",
+    ];
+    let with = |controllers: String| {
+        let text = text.replacen("<devices>", &format!("<devices>{controllers}"), 1);
+        Definition::parse(text).unwrap()
+    };
+    let turned = with(controllers.iter().rev().copied().collect());
+    assert_eq!(
+        with(controllers.concat()).differences(&turned),
+        Vec::<String>::new()
+    );
+    assert_eq!(
+        here.differences(&turned).len(),
+        6,
+        "two, with kind and index"
+    );
     let other = text
         .replace("<memory unit='GiB'>2", "<memory unit='GiB'>3")
         .replace("<model type='virtio'/>", "<model type='e1000'/>")

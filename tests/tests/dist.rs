@@ -2,7 +2,7 @@
 //! is installed, used and purged.
 //!
 //! The program is the one that the other tests run, without its symbols; a real distribution takes a
-//! quarter of an hour, and is made and looked at with `KVM_CLONE_DIST=full`.
+//! quarter of an hour, and is made twice and looked at with `KVM_CLONE_DIST=full`.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -258,7 +258,7 @@ fn a_debian_without_rust_installs_uses_and_forgets_the_package() {
     });
 }
 
-/// A quarter of an hour on two processors, and the machine's registry of crates must be there.
+/// Half an hour on two processors. It builds what is committed.
 #[test]
 fn a_distribution_is_the_same_from_two_clones_and_runs_on_both_machines() {
     if std::env::var_os("KVM_CLONE_DIST").is_none_or(|what| what != "full") {

@@ -248,14 +248,15 @@ impl Helps {
     }
 }
 
-/// Options in the text of pages that are of other programs: of our agent, of virsh, and of rsync.
-const OF_OTHERS: [&str; 8] = [
+/// Options in the text of pages that are of other programs: of our agent, of virsh, of rsync, and of tar.
+const OF_OTHERS: [&str; 9] = [
     "--allow",
     "--dial",
     "--fsync",
     "--ignore-times",
     "--inplace",
     "--read-only",
+    "--strip-components",
     "--version",
     "--write-only",
 ];

@@ -27,6 +27,9 @@ use crate::process::wait_for;
 /// No command of a page takes longer.
 const LIMIT: Duration = Duration::from_secs(150);
 
+/// How long one that is killed may take to end.
+const TO_DIE: Duration = Duration::from_secs(10);
+
 /// What of the machine is the desk's own.
 const OWN: [(&str, &str); 5] = [
     ("local-bin", "/usr/local/bin"),
@@ -357,17 +360,14 @@ fn wait(started: Started) -> Ended {
         stdout,
         stderr,
     } = started;
-    let deadline = Instant::now() + LIMIT;
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("it is a child") {
-            break status;
-        }
-        if Instant::now() > deadline {
+    let begun = Instant::now();
+    let status = wait_for("the end of a command", LIMIT + TO_DIE, || {
+        if begun.elapsed() > LIMIT {
             // Then it ends without a code.
             let _ = killpg(id(&child), Signal::SIGKILL);
         }
-        std::thread::sleep(Duration::from_millis(10));
-    };
+        child.try_wait().expect("it is a child")
+    });
     let text = |path: &Path| {
         let bytes = fs::read(path).expect("it was just written");
         String::from_utf8_lossy(&bytes).into_owned()

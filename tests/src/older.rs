@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::LazyLock;
 
 use crate::controller::binary;
+use crate::pages::root;
 use crate::process::tool;
 
 const AGENT: &str = "kvm-clone-agent-of-version-2";
@@ -50,7 +51,7 @@ fn build(name: &str, feature: &str, carries: Option<&Path>) -> PathBuf {
     };
     let mut cargo = Command::new(env!("CARGO"));
     cargo
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .current_dir(root())
         .args(["build", "--quiet", "--workspace", "--locked"])
         .args(["--features", feature, "--bin", name])
         .args(["--profile", profile, "--target-dir"])

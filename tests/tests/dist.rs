@@ -14,14 +14,10 @@ use std::process::Command;
 
 use kvm_clone_tests::lab::base;
 use kvm_clone_tests::namespace::apart;
+use kvm_clone_tests::pages::root;
 use kvm_clone_tests::process::{built, tool};
 use kvm_clone_tests::skip::{find_tool, obstacle, skip};
 use tempfile::TempDir;
-
-/// The sources that the test was built from.
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
-}
 
 /// A directory for one test; `None`, and a line that says so, where a tool is missing.
 fn ground(tools: &[&str]) -> Option<TempDir> {
@@ -71,7 +67,7 @@ fn pack(directory: &Path) -> Vec<String> {
         ["-o".as_ref(), program.as_os_str(), tested.as_os_str()],
     );
     make(
-        root(),
+        &root(),
         ["--from".as_ref(), program.as_os_str()],
         &directory.join("out"),
     )
@@ -273,9 +269,10 @@ fn a_distribution_is_the_same_from_two_clones_and_runs_on_both_machines() {
     let Some(ground) = ground(&tools) else {
         return;
     };
+    let sources = root();
     let built = ["one", "in/another/place"].map(|name| {
         let clone = ground.path().join(name).join("sources");
-        let from_to = [root().as_os_str(), clone.as_os_str()];
+        let from_to = [sources.as_os_str(), clone.as_os_str()];
         tool(
             "git",
             ["clone".as_ref(), "--quiet".as_ref()]

@@ -7,12 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap()
-        .to_owned()
-}
+use kvm_clone_tests::pages::root;
 
 /// The crates that a member names in its own manifest, `dev-dependencies` apart.
 fn dependencies(member: &str) -> BTreeSet<String> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use crate::pages::root;
 use crate::skip::find_tool;
 
 /// How often something is looked at while it is waited for.
@@ -59,6 +60,38 @@ pub fn built(name: &str, variable: &str) -> PathBuf {
         let test = test.display();
         panic!("no {name} beside {test}: run tests/run, or `cargo build --workspace`")
     })
+}
+
+/// A program of the workspace with a feature that those for users do not have. It is built beside a
+/// `plain` one, with the same dependencies, so that only what is ours is compiled once more; `prepare`
+/// is asked about the command.
+///
+/// # Panics
+/// When it cannot be built.
+#[must_use]
+pub fn built_with(
+    plain: &Path,
+    name: &str,
+    feature: &str,
+    prepare: impl FnOnce(&mut Command),
+) -> PathBuf {
+    let directory = plain.parent().expect("target/PROFILE/PROGRAM");
+    let target = directory.parent().expect("target/PROFILE");
+    let profile = match directory.file_name().and_then(OsStr::to_str) {
+        Some("debug") | None => "dev",
+        Some(profile) => profile,
+    };
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo
+        .current_dir(root())
+        .args(["build", "--quiet", "--workspace", "--locked"])
+        .args(["--features", feature, "--bin", name])
+        .args(["--profile", profile, "--target-dir"])
+        .arg(target);
+    prepare(&mut cargo);
+    let status = cargo.status().expect("cargo runs this test");
+    assert!(status.success(), "{cargo:?} failed");
+    directory.join(name)
 }
 
 /// Waits until `probe` gives something.
